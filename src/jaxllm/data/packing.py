@@ -1,0 +1,126 @@
+"""Documents packed into rows; every row is a pure function of (seed, global row index).
+
+An epoch is the documents in a seeded order, end to end, cut into rows of T tokens: nothing is wasted but the tail of the
+last row. The rows of an epoch are then put in a seeded order of their own, because consecutive rows often hold pieces of
+the same long document.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from jaxllm.data.errors import DataError
+from jaxllm.data.tokens import TokenCorpus
+
+# Longer than any run, and still exact in a C long: rows are addressed without an end.
+ENDLESS = 1 << 60
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser on uint64[n]; the same on every platform and NumPy version, unlike Generator streams."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def seeded_order(n: int, *key: int) -> np.ndarray:
+    """A permutation of range(n), int64[n], that depends on nothing but `n` and the integers of `key`."""
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = _mix(state + np.uint64((part + 0x9E3779B97F4A7C15) & _MASK))
+    return np.argsort(
+        _mix(state + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)), kind="stable"
+    )
+
+
+class RowSource:
+    """Rows of packed documents by global row index; row g belongs to epoch g // rows_per_epoch.
+
+    A row holds segments 1, 2, ...; a segment is a document or, where a row's edge cuts it, a consecutive piece of one,
+    whose positions start at 0 again. Every token of the corpus stands in exactly one row of each epoch, and is the
+    target of exactly one position if it is not the first of its document: the last token of a piece has the first of the
+    next piece as its target.
+    """
+
+    def __init__(
+        self, corpus: TokenCorpus, seq_len: int, *, seed: int = 0, depths: int = 1, shuffle: bool = True
+    ):
+        """Makes the source; reads no tokens.
+
+        Args:
+            corpus: the documents.
+            seq_len: T, tokens per row.
+            seed: of the order of documents and rows in each epoch.
+            depths: Q; targets 1 .. Q steps ahead.
+            shuffle: False keeps documents and rows in corpus order.
+        """
+        if seq_len < 1 or depths < 1:
+            raise DataError(f"seq_len and depths: got {seq_len} and {depths}; both must be at least 1")
+        self.corpus, self.seq_len, self.seed, self.depths, self.shuffle = (
+            corpus,
+            seq_len,
+            seed,
+            depths,
+            shuffle,
+        )
+        self.rows_per_epoch = -(-len(corpus) // seq_len)
+        # A batch can straddle two epochs, and a prefetch thread can be one batch ahead of a reader.
+        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(documents in epoch order int64[D], their first places in the stream int64[D + 1], rows in order int64[R])."""
+        if self.shuffle:
+            order = seeded_order(self.corpus.n_documents, self.seed, epoch, 0)
+            rows = seeded_order(self.rows_per_epoch, self.seed, epoch, 1)
+        else:
+            order, rows = np.arange(self.corpus.n_documents), np.arange(self.rows_per_epoch)
+        return order, np.concatenate([[0], np.cumsum(self.corpus.lengths[order])]), rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Row `index`.
+
+        Returns:
+            tokens, segment_ids, positions i32[T]; targets i32[T, Q], -1 where there is none; loss_mask f32[T], 1 where
+            the next token is a target. Padding has segment 0 and token 0.
+        """
+        epoch, slot = divmod(int(index), self.rows_per_epoch)
+        order, starts, rows = self._epoch(epoch)
+        low = int(rows[slot]) * self.seq_len
+        high = min(low + self.seq_len, len(self.corpus))
+        first = int(np.searchsorted(starts, low, side="right")) - 1
+        last = int(np.searchsorted(starts, high, side="left")) - 1
+        places, documents = np.arange(first, last + 1), order[first : last + 1]
+        piece_low = np.maximum(starts[places], low)
+        piece_length = np.minimum(starts[places + 1], high) - piece_low
+        stream = np.arange(low, high)
+        begin = self.corpus.offsets[documents] - starts[places]
+        source = stream + np.repeat(begin, piece_length)
+        end = np.repeat(self.corpus.offsets[documents + 1], piece_length)
+
+        row = empty_row(self.seq_len, self.depths)
+        used = high - low
+        row["tokens"][:used] = self.corpus.tokens[source]
+        row["segment_ids"][:used] = np.repeat(np.arange(1, len(places) + 1), piece_length)
+        row["positions"][:used] = stream - np.repeat(piece_low, piece_length)
+        for depth in range(self.depths):
+            ahead = source + depth + 1
+            known = ahead < end
+            row["targets"][:used][known, depth] = self.corpus.tokens[ahead[known]]
+        row["loss_mask"][:] = row["targets"][:, 0] >= 0
+        return row
+
+
+def empty_row(seq_len: int, depths: int) -> dict[str, np.ndarray]:
+    """A row of padding, in the form of `RowSource`'s rows."""
+    return {
+        "tokens": np.zeros(seq_len, np.int32),
+        "segment_ids": np.zeros(seq_len, np.int32),
+        "positions": np.zeros(seq_len, np.int32),
+        "targets": np.full((seq_len, depths), -1, np.int32),
+        "loss_mask": np.zeros(seq_len, np.float32),
+    }
