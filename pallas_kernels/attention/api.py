@@ -1,0 +1,140 @@
+"""Public entry of attention."""
+
+from typing import Literal, overload
+
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.arguments import require, require_operand_dtype, require_shape
+
+_LAYOUTS = {"BTKD": "B, S, K, d", "BKTD": "B, K, S, d"}
+
+
+@overload
+def attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B _ _ d"],
+    v: Float[Array, "B _ _ d"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    kv_layout: str = "BTKD",
+    operand_dtype: DTypeLike | None = None,
+    return_lse: Literal[False] = False,
+    implementation: str = "auto",
+) -> Float[Array, "B T H d"]: ...
+
+
+@overload
+def attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B _ _ d"],
+    v: Float[Array, "B _ _ d"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    kv_layout: str = "BTKD",
+    operand_dtype: DTypeLike | None = None,
+    return_lse: Literal[True],
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]: ...
+
+
+def attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B _ _ d"],
+    v: Float[Array, "B _ _ d"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    kv_layout: str = "BTKD",
+    operand_dtype: DTypeLike | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "B T H d"] | tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]:
+    """Softmax attention in which a query sees the keys of its document at its own and earlier positions.
+
+    A key is visible iff the segment ids agree and are not 0, ``kv_position <= q_position``, and
+    ``q_position - kv_position < window`` where a window is given. Query head h uses key head ``h // (H // K)``.
+
+    Sources: grouped queries, arXiv 2305.13245; soft cap, ``soft_cap tanh(score / soft_cap)``, arXiv 2408.00118.
+
+    Args:
+        q: queries.
+        k: keys, [B, S, K, d] or [B, K, S, d] as ``kv_layout`` says. Invisible keys and values may be anything
+            finite.
+        v: values, as k.
+        q_positions: position of each query in its document.
+        kv_positions: position of each key in its document.
+        q_segment_ids: document of each query; 0 = padding.
+        kv_segment_ids: document of each key; 0 = padding or an empty cache slot.
+        window: how many positions a query sees, its own included; None: all.
+        soft_cap: bound of the scores before the mask; None: unbounded.
+        scale: factor of the scores; None: ``d ** -0.5``.
+        kv_layout: "BTKD" (fresh keys) or "BKTD" (cache pools: each head's keys contiguous).
+        operand_dtype: dtype to which the operands and cotangents of both matmuls are rounded (sums and softmax
+            are float32); None: as given, promoted. One-token calls read k and v as they are.
+        return_lse: also return the float32 logarithm of each row's sum of exponentials, for merging.
+        implementation: "auto", "xla" or "reference".
+
+    Returns:
+        The output in the dtype of q, 0 where nothing is visible; with ``return_lse`` also lse [B, T, H], -inf
+        where nothing is visible.
+
+    Raises:
+        ValueError: a shape, ``window``, ``soft_cap``, ``kv_layout``, ``operand_dtype`` or ``implementation`` is
+            not as above, or K does not divide H.
+    """
+    require(kv_layout in _LAYOUTS, "kv_layout", kv_layout, "'BTKD' or 'BKTD'")
+    require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, T, H, d]")
+    B, T, H, d = q.shape
+    require(T >= 1, "q.shape", q.shape, "at least one query")
+    letters = _LAYOUTS[kv_layout]
+    shape = k.shape
+    require(
+        len(shape) == 4 and shape[0] == B and shape[3] == d,
+        "k.shape",
+        shape,
+        f"[{letters}], B = {B}, d = {d}",
+    )
+    require_shape("v", v, shape, letters)
+    S, K = (shape[1], shape[2]) if kv_layout == "BTKD" else (shape[2], shape[1])
+    require(S >= 1 and K >= 1, "k.shape", shape, "at least one key")
+    require(H % K == 0, "k.shape", shape, f"K = {K} to divide H = {H}")
+    require_shape("q_positions", q_positions, (B, T), "B, T")
+    require_shape("q_segment_ids", q_segment_ids, (B, T), "B, T")
+    require_shape("kv_positions", kv_positions, (B, S), "B, S")
+    require_shape("kv_segment_ids", kv_segment_ids, (B, S), "B, S")
+    require(window is None or window >= 1, "window", window, "None or at least 1")
+    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
+    require_operand_dtype(operand_dtype)
+    options = {
+        "q_positions": q_positions,
+        "kv_positions": kv_positions,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "window": window,
+        "soft_cap": soft_cap,
+        "scale": d**-0.5 if scale is None else scale,
+        "kv_layout": kv_layout,
+        "operand_dtype": operand_dtype,
+    }
+    module = dispatch.choose("attention", implementation, q, k, v, **options)
+    out, lse = module.run(q, k, v, **options)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,100 @@
+"""The causal convolution as k shifted products, corrected by the few rows that look into an initial state."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.segments import extents
+
+REASON = "k shifted products fused by XLA; no GPU kernel of this op is present"
+
+
+def supports(*_args, **_options) -> str | None:
+    return None
+
+
+def _activate(y, activation):
+    return jax.nn.silu(y) if activation == "silu" else y
+
+
+def _shifted_sum(padded, weight, bias, ids, T):
+    """bias + sum_j weight[j] padded[:, j:j+T], each tap kept within its document; float32."""
+    k = weight.shape[0]
+    y = 0 if bias is None else bias
+    past = None if ids is None else jnp.pad(ids, ((0, 0), (k - 1, 0)))
+    for j in range(k):
+        tap = weight[j] * padded[:, j : j + T].astype(jnp.float32)
+        if past is not None and j < k - 1:
+            tap = jnp.where((past[:, j : j + T] == ids)[..., None], tap, 0)
+        y = y + tap
+    return y
+
+
+def _one_token(x, weight, bias, ids, initial_state, activation):
+    """Decode: the window is the initial state of the only document."""
+    dtype = initial_state.dtype
+    taps = jnp.concatenate([initial_state[:, 0], x.astype(dtype)], axis=1)
+    y = jnp.sum(taps[:, :-1] * weight[:-1], axis=1, keepdims=True) + x * weight[-1]
+    y = y if bias is None else y + bias
+    state = taps[:, 1:]
+    if ids is not None:
+        live = (ids > 0)[:, :, None]
+        y = jnp.where(live, y, 0)
+        state = jnp.where(live, state, initial_state[:, 0])
+    return _activate(y, activation), state[:, None]
+
+
+def _open_documents(y, weight, ids, initial_state, first):
+    """Add what the first k-1 tokens of each document draw from its initial state: n (k-1) rows."""
+    B, T, D = y.shape
+    n, reach = initial_state.shape[1], weight.shape[0] - 1
+    drawn = [
+        sum(weight[j] * initial_state[:, :, i + j].astype(jnp.float32) for j in range(reach - i))
+        for i in range(reach)
+    ]
+    row = first[:, :, None] + jnp.arange(reach)
+    owner = jnp.take_along_axis(ids, jnp.minimum(row, T - 1).reshape(B, -1), axis=1).reshape(row.shape)
+    inside = (row < T) & (owner == jnp.arange(1, n + 1)[:, None])
+    # Row T does not exist: the scatter drops what an absent or shorter document would have written.
+    row = jnp.where(inside, row, T).reshape(B, -1)
+    add = jnp.stack(drawn, axis=2).reshape(B, n * reach, D)
+    return y.at[jnp.arange(B)[:, None], row].add(add, mode="drop")
+
+
+def _final_windows(x, initial_state, first, length):
+    """The last k-1 of (initial state, document) for each document; gathers n (k-1) rows."""
+    B, n, reach, D = initial_state.shape
+    slot = length[:, :, None] + jnp.arange(reach)
+    row = jnp.maximum(first[:, :, None] + slot - reach, 0).reshape(B, -1)
+    new = jnp.take_along_axis(x, row[..., None], axis=1).reshape(B, n, reach, D).astype(initial_state.dtype)
+    old = jnp.take_along_axis(initial_state, jnp.minimum(slot, reach - 1)[..., None], axis=2)
+    return jnp.where((slot < reach)[..., None], old, new)
+
+
+def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation):
+    B, T, D = x.shape
+    k, n = weight.shape[0], num_segments
+    weight = weight.astype(jnp.float32)
+    bias = None if bias is None else bias.astype(jnp.float32)
+    if n is not None and initial_state is None and (T == 1 or segment_ids is not None):
+        initial_state = jnp.zeros((B, n, k - 1, D), x.dtype)
+    if T == 1 and n == 1 and k > 1:
+        y, state = _one_token(x, weight, bias, segment_ids, initial_state, activation)
+        return y.astype(x.dtype), state
+    if segment_ids is None:
+        before = jnp.zeros((B, k - 1, D), x.dtype) if initial_state is None else initial_state[:, 0]
+        padded = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+        state = None
+        if n is not None:
+            state = padded[:, T:][:, None].astype(before.dtype)
+        return _activate(_shifted_sum(padded, weight, bias, None, T), activation).astype(x.dtype), state
+    x = jnp.where((segment_ids > 0)[..., None], x, 0)
+    padded = jnp.pad(x, ((0, 0), (k - 1, 0), (0, 0)))
+    y = _shifted_sum(padded, weight, bias, segment_ids, T)
+    state = None
+    if n is not None:
+        state = initial_state
+        if k > 1:
+            first, length = extents(segment_ids, n)
+            y = _open_documents(y, weight, segment_ids, initial_state, first)
+            state = _final_windows(x, initial_state, first, length)
+    return _activate(y, activation).astype(x.dtype), state
