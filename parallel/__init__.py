@@ -1,0 +1,3 @@
+"""Meshes, plans and collectives of jaxllm; knows ``pallas_kernels``, never ``jaxllm``."""
+
+PROJECT = "jaxllm"

@@ -1,0 +1,70 @@
+"""Hybrid Mamba-attention language models in JAX: trained, compressed, quantised and served by one library.
+
+The names in ``__all__`` are the stable API. They load on first use, so that ``import jaxllm`` stays fast.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "AttentionConfig": "jaxllm.config",
+    "ConfigError": "jaxllm.config",
+    "GenerationResult": "jaxllm.generation.api",
+    "HybridLM": "jaxllm.model.hybrid",
+    "KVCache": "jaxllm.cache.state",
+    "LanguageModel": "jaxllm.model.functional",
+    "MLPConfig": "jaxllm.config",
+    "MambaConfig": "jaxllm.config",
+    "ModelConfig": "jaxllm.config",
+    "PackedBatch": "jaxllm.batch",
+    "Precision": "jaxllm.config",
+    "RopeConfig": "jaxllm.config",
+    "generate": "jaxllm.generation.api",
+    "load": "jaxllm.generation.api",
+    "preset": "jaxllm.presets",
+}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: PLE0604, RUF022
+    "AttentionConfig",
+    "ConfigError",
+    "GenerationResult",
+    "HybridLM",
+    "KVCache",
+    "LanguageModel",
+    "MLPConfig",
+    "MambaConfig",
+    "ModelConfig",
+    "PackedBatch",
+    "Precision",
+    "RopeConfig",
+    "generate",
+    "load",
+    "preset",
+]
+
+
+def _check_companions() -> None:
+    """``parallel`` and ``pallas_kernels`` are short names: another package of that name on the path would shadow ours."""
+    for name in ("pallas_kernels", "parallel"):
+        module = importlib.import_module(name)
+        if getattr(module, "PROJECT", None) != "jaxllm":
+            raise ImportError(
+                f"'import {name}' found {getattr(module, '__file__', module)!r}, which is not part of jaxllm. Remove or "
+                f"rename that module, or put the folder that holds jaxllm's {name} first on sys.path."
+            )
+
+
+_check_companions()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,310 @@
+"""Model configuration: frozen dataclasses, validated on construction, with a JSON round trip.
+
+A model is a pattern string with one residual sub-block per letter: ``M`` Mamba-2, ``*`` attention, ``W`` sliding-window
+attention, ``-`` MLP. A Llama layer is ``*-``.
+"""
+
+import json
+import math
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+LETTERS = {"M": "Mamba-2", "*": "attention", "W": "sliding-window attention", "-": "MLP"}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the field, what was given and what is allowed."""
+
+
+def require(condition: bool, name: str, given: Any, allowed: str) -> None:
+    """Raise ConfigError unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"{name}={given!r}: {allowed}")
+
+
+def positive(**values: int) -> None:
+    """Raise ConfigError unless every value is an integer of at least 1."""
+    for name, value in values.items():
+        require(isinstance(value, int) and value >= 1, name, value, "must be an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of one run.
+
+    Attributes:
+        param: storage of the (master) parameters.
+        compute: residual stream and activations.
+        accum: accumulation of matrix products, softmax, norms and recurrent states.
+        matmul: dtype to which operands and cotangents of the large products are rounded; "compute" leaves them.
+    """
+
+    param: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "bfloat16"] = "float32"
+    accum: Literal["float32"] = "float32"
+    matmul: Literal["compute", "bfloat16"] = "compute"
+
+    def __post_init__(self) -> None:
+        for name in ("param", "compute"):
+            require(getattr(self, name) in ("float32", "bfloat16"), f"precision.{name}", getattr(self, name), "float32 or bfloat16")
+        require(self.accum == "float32", "precision.accum", self.accum, "float32 is the only accumulation dtype")
+        require(self.matmul in ("compute", "bfloat16"), "precision.matmul", self.matmul, "compute or bfloat16")
+
+    @property
+    def operand(self) -> str | None:
+        """Operand dtype of large products; None keeps the operands' own."""
+        return None if self.matmul == "compute" else self.matmul
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Mamba-2 mixer (arXiv 2405.21060; layout of Nemotron-H, arXiv 2504.03624).
+
+    Attributes:
+        num_heads: H; the inner width is H * P, whatever the hidden size.
+        head_dim: P.
+        state_size: N.
+        n_groups: heads per group share B and C; heads of a group are contiguous.
+        conv_kernel: width of the causal convolution over x, B and C.
+        chunk_size: chunk of the scan; the result does not depend on it.
+        dt_limit: clamp of dt after softplus; (0, inf) is none.
+        norm_groups: groups of the gated RMSNorm; None takes n_groups (Nemotron-H); Mamba-2 checkpoints have 1.
+        conv_bias: bias of the convolution.
+        proj_bias: biases of the two projections.
+    """
+
+    num_heads: int
+    head_dim: int = 64
+    state_size: int = 128
+    n_groups: int = 1
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    norm_groups: int | None = None
+    conv_bias: bool = True
+    proj_bias: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dt_limit", tuple(float(v) for v in self.dt_limit))
+        positive(
+            **{f"mamba.{n}": getattr(self, n) for n in ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")}
+        )
+        require(self.conv_kernel >= 2, "mamba.conv_kernel", self.conv_kernel, "must be at least 2")
+        require(
+            self.num_heads % self.n_groups == 0, "mamba.n_groups", self.n_groups, f"must divide mamba.num_heads={self.num_heads}"
+        )
+        require(
+            self.inner_size % self.gate_groups == 0 and self.gate_groups >= 1,
+            "mamba.norm_groups",
+            self.norm_groups,
+            f"must divide num_heads * head_dim = {self.inner_size}",
+        )
+        low, high = self.dt_limit
+        require(0 <= low < high, "mamba.dt_limit", self.dt_limit, "must be (low, high) with 0 <= low < high")
+
+    @property
+    def inner_size(self) -> int:
+        """H * P."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.inner_size + 2 * self.n_groups * self.state_size
+
+    @property
+    def gate_groups(self) -> int:
+        """Groups of the gated norm."""
+        return self.n_groups if self.norm_groups is None else self.norm_groups
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (arXiv 2104.09864), half-split layout.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: "none", "linear" (positions / factor) or "llama3" (smooth scaling by wavelength).
+        factor: scaling factor.
+        low_freq_factor: llama3: wavelengths above original / this are divided by factor.
+        high_freq_factor: llama3: wavelengths under original / this are kept.
+        original_max_position: llama3: context length before scaling.
+    """
+
+    theta: float = 10000.0
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        require(self.theta > 0, "rope.theta", self.theta, "must be positive")
+        require(self.scaling in ("none", "linear", "llama3"), "rope.scaling", self.scaling, "none, linear or llama3")
+        require(self.factor >= 1, "rope.factor", self.factor, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention.
+
+    Attributes:
+        num_heads: H.
+        num_kv_heads: K; query head h reads kv head h // (H / K).
+        head_dim: d; H * d need not equal the hidden size.
+        rope: rotary positions, or None for no positional term (Nemotron-H).
+        window: keys that a ``W`` layer sees, the token itself included; ``*`` layers see all.
+        qk_norm: RMSNorm over head_dim on queries and keys before RoPE (Qwen3).
+        qkv_bias: biases of q, k and v (Qwen2).
+        out_bias: bias of the output projection.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+    rope: RopeConfig | None = None
+    window: int | None = None
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        positive(**{f"attention.{n}": getattr(self, n) for n in ("num_heads", "num_kv_heads", "head_dim")})
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "attention.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide attention.num_heads={self.num_heads}",
+        )
+        if self.window is not None:
+            positive(**{"attention.window": self.window})
+        if self.rope is not None:
+            require(self.head_dim % 2 == 0, "attention.head_dim", self.head_dim, "must be even with rope")
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Feed-forward block: ``relu2`` is down(relu(up x)^2), ``swiglu`` is down(silu(gate x) * up x)."""
+
+    intermediate_size: int
+    activation: Literal["relu2", "swiglu"] = "relu2"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        positive(**{"mlp.intermediate_size": self.intermediate_size})
+        require(self.activation in ("relu2", "swiglu"), "mlp.activation", self.activation, "relu2 or swiglu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A hybrid decoder: one residual sub-block ``h + mixer(RMSNorm(h))`` per letter of ``pattern``.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: D.
+        pattern: one letter per sub-block: M, *, W, -.
+        mamba: needed by M.
+        attention: needed by * and W.
+        mlp: needed by -.
+        norm_eps: epsilon of every RMSNorm.
+        norm_cast: "last": the norm's weight is multiplied in float32 and the product cast (Nemotron-H); "first": cast,
+            then multiply (Llama). They differ below float32 only.
+        tie_embeddings: the head is the embedding transposed.
+        init_std: standard deviation of linear weights; residual-writing ones are divided by sqrt(len(pattern)).
+        precision: dtypes.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    pattern: str
+    mamba: MambaConfig | None = None
+    attention: AttentionConfig | None = None
+    mlp: MLPConfig | None = None
+    norm_eps: float = 1e-5
+    norm_cast: Literal["last", "first"] = "last"
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    precision: Precision = field(default_factory=Precision)
+
+    def __post_init__(self) -> None:
+        positive(vocab_size=self.vocab_size, hidden_size=self.hidden_size)
+        require(bool(self.pattern), "pattern", self.pattern, "must have at least one letter")
+        unknown = sorted(set(self.pattern) - set(LETTERS))
+        known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
+        require(not unknown, "pattern", self.pattern, f"unknown letter {', '.join(unknown)}; known letters are {known}")
+        for letters, name in (("M", "mamba"), ("*W", "attention"), ("-", "mlp")):
+            if set(letters) & set(self.pattern):
+                require(getattr(self, name) is not None, name, None, f"the pattern {self.pattern!r} needs it")
+        if "W" in self.pattern:
+            window = self.attention.window if self.attention else None
+            require(window is not None, "attention.window", window, "the letter W needs a window")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        require(self.norm_cast in ("last", "first"), "norm_cast", self.norm_cast, "last or first")
+        require(self.init_std > 0, "init_std", self.init_std, "must be positive")
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed, validated again."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; infinities are the string "inf"."""
+        return _encode(asdict(self))
+
+    def to_json(self) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ModelConfig":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: an unknown or missing field, by its path.
+        """
+        return decode(cls, data)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        """Inverse of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return "inf" if value == math.inf else value
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and is_dataclass(o)), None)
+
+
+def decode(cls: type, data: Any, path: str = "") -> Any:
+    """Build the dataclass ``cls`` from nested dictionaries, with errors that name the field's path.
+
+    Raises:
+        ConfigError: a field that ``cls`` does not have, or one without a default that is missing.
+    """
+    require(isinstance(data, dict), path or cls.__name__, data, "must be a mapping of fields")
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(data) - set(known))
+    require(not unknown, path + (unknown[0] if unknown else ""), "unknown field", f"{cls.__name__} has {', '.join(known)}")
+    missing = [n for n, f in known.items() if n not in data and f.default is MISSING and f.default_factory is MISSING]
+    require(not missing, path + (missing[0] if missing else ""), "missing", f"{cls.__name__} needs it")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in data.items():
+        inner = _dataclass_of(hints[name])
+        if inner is not None and value is not None:
+            value = decode(inner, value, f"{path}{name}.")
+        elif isinstance(value, list):
+            value = tuple(math.inf if item == "inf" else item for item in value)
+        elif value == "inf":
+            value = math.inf
+        values[name] = value
+    return cls(**values)

@@ -1,0 +1,72 @@
+"""Contract 6: one linear. ``linear(x, w, ctx)`` where ``w`` is an array or a weight that knows how to apply itself."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxllm.axes import Axes
+from jaxllm.config import Precision
+from pallas_kernels.precision import contract
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a call carries beside its arrays; everything but ``adapter_ids`` and ``rng`` is static.
+
+    Attributes:
+        precision: dtypes of the run.
+        taps: names of what layers shall report in ``aux`` (contract 7).
+        remat: "none", "layer" (keep layer inputs only) or "dots" (keep matrix products as well).
+        kv_bound: cached positions that attention reads (a bucket over every row's length); None: all.
+        implementation: of the kernels; "auto" lets the dispatcher choose.
+        adapter_ids: i32[B, n] for multi-adapter weights.
+        rng: key for stochastic weights.
+    """
+
+    precision: Precision = field(default_factory=Precision)
+    taps: frozenset[str] = frozenset()
+    remat: str = "none"
+    kv_bound: int | None = None
+    implementation: str = "auto"
+    adapter_ids: Any = None
+    rng: Any = None
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A pytree that stands where a weight array could: quantised, adapted, low rank."""
+
+    def apply(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """``x [..., in]`` times the logical weight: ``[..., out]``."""
+        ...
+
+    def axes(self) -> Axes:
+        """Axes of the logical weight."""
+        ...
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """(in, out)."""
+        ...
+
+
+def linear(
+    x: Float[Array, "B T i"], w: Any, ctx: Context, out_dtype: DTypeLike | None = None
+) -> Float[Array, "B T o"]:
+    """``x @ w`` in the run's precision, accumulated in float32.
+
+    Args:
+        x: activations.
+        w: plain weights [in, out], or a :class:`Weight`.
+        ctx: precision, adapter ids, rng.
+        out_dtype: of the result; None takes that of ``x``.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if isinstance(w, Weight):
+        return w.apply(x, ctx).astype(out_dtype)
+    if ctx.precision.operand is None:
+        w = w.astype(x.dtype)
+    return contract("bti,io->bto", x, w, operand_dtype=ctx.precision.operand, out_dtype=out_dtype)

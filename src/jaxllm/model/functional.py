@@ -1,0 +1,96 @@
+"""The model as pure functions of (config, parameters): what every jitted step is made of.
+
+Parameters are the pure pytree ``nnx.as_pure`` gives (nested dictionaries of arrays); the module is put together
+inside the jitted function, where it costs nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxllm.axes import Axes
+from jaxllm.config import ModelConfig
+from jaxllm.model.hybrid import HybridLM
+
+Params = Any
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(cfg: ModelConfig) -> tuple[Any, Any]:
+    model = nnx.eval_shape(lambda: HybridLM(cfg, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param)
+
+
+def split(model: HybridLM) -> tuple[ModelConfig, Params]:
+    """(config, pure parameters) of a module."""
+    _, params = nnx.split(model, nnx.Param)
+    return model.cfg, nnx.as_pure(params)
+
+
+def merge(cfg: ModelConfig, params: Params) -> HybridLM:
+    """The module over ``params``; free inside a jitted function."""
+    graphdef, abstract = _abstract(cfg)
+    state = jax.tree.map(
+        lambda variable, value: variable.replace(value), abstract, params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return nnx.merge(graphdef, state)
+
+
+def init_params(cfg: ModelConfig, seed: int = 0) -> Params:
+    """Freshly initialised parameters (Nemotron-H's scheme), in ``cfg.precision.param``."""
+
+    @jax.jit
+    def build(key: jax.Array) -> Params:
+        return split(HybridLM(cfg, rngs=nnx.Rngs(key)))[1]
+
+    return build(jax.random.key(seed))
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """ShapeDtypeStructs of every parameter; nothing is allocated."""
+    return nnx.as_pure(_abstract(cfg)[1])
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+    """Leaves by dotted path: ``layers.0.mixer.in_proj.weight``."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in flat}
+
+
+def map_named(fn: Callable[..., Any], tree: Params, *rest: Any) -> Any:
+    """``jax.tree.map`` with the dotted path as first argument."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(".".join(str(getattr(k, "key", k)) for k in path), *leaves), tree, *rest
+    )
+
+
+def param_axes(cfg: ModelConfig) -> dict[str, Axes]:
+    """Axes of every parameter by dotted path (contract 5)."""
+    variables = jax.tree_util.tree_flatten_with_path(_abstract(cfg)[1], is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
+    return {".".join(str(getattr(k, "key", k)) for k in path): v.get_metadata("axes") for path, v in variables}
+
+
+@dataclass
+class LanguageModel:
+    """A model ready to use: configuration, parameters and, where there is one, its tokenizer.
+
+    Attributes:
+        cfg: configuration.
+        params: pure parameters.
+        tokenizer: a :class:`jaxllm.data.tokenizer.Tokenizer`, or None for token ids only.
+        chat_template: Jinja source of the checkpoint's chat template, or None.
+    """
+
+    cfg: ModelConfig
+    params: Params
+    tokenizer: Any = None
+    chat_template: str | None = None
+
+    @property
+    def module(self) -> HybridLM:
+        """The NNX module over these parameters."""
+        return merge(self.cfg, self.params)

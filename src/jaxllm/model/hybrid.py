@@ -1,0 +1,125 @@
+"""The hybrid decoder: a pattern string, one residual sub-block per letter."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxllm.axes import Axis
+from jaxllm.batch import PackedBatch
+from jaxllm.cache.state import Cache
+from jaxllm.config import ModelConfig
+from jaxllm.linear import Context, linear
+from jaxllm.model.attention import Attention
+from jaxllm.model.layers import Embedding, Linear, RMSNorm
+from jaxllm.model.mamba import Mamba
+from jaxllm.model.mlp import MLP
+
+Aux = dict[str, Any]
+
+
+def build_mixer(cfg: ModelConfig, letter: str, rngs: nnx.Rngs) -> Mamba | Attention | MLP:
+    """The module behind one pattern letter."""
+    if letter == "M":
+        return Mamba(cfg, rngs=rngs)
+    if letter == "-":
+        return MLP(cfg, rngs=rngs)
+    assert cfg.attention is not None
+    return Attention(cfg, window=cfg.attention.window if letter == "W" else None, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """``h + mixer(norm(h))``."""
+
+    def __init__(self, cfg: ModelConfig, letter: str, *, rngs: nnx.Rngs):
+        embed = Axis("embed", cfg.hidden_size)
+        self.norm = RMSNorm(embed, eps=cfg.norm_eps, cast=cfg.norm_cast, dtype=cfg.precision.param, rngs=rngs)
+        self.mixer = build_mixer(cfg, letter, rngs)
+
+    def __call__(self, h: Array, batch: PackedBatch, ctx: Context) -> tuple[Array, Aux]:
+        y, aux = self.mixer(self.norm(h), batch, ctx)
+        return h + y, aux
+
+    def extend(self, h: Array, batch: PackedBatch, state: Any, ctx: Context) -> tuple[Array, Any, Aux]:
+        y, state, aux = self.mixer.extend(self.norm(h), batch, state, ctx)
+        return h + y, state, aux
+
+
+class HybridLM(nnx.Module):
+    """A decoder language model built from ``cfg.pattern``.
+
+    ``model(batch)`` gives logits; ``model.hidden`` and ``model.extend`` stop before the head, so that a loss can take
+    it in chunks and a decode step only at the last tokens.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        dtype = cfg.precision.param
+        vocab, embed = Axis("vocab", cfg.vocab_size), Axis("embed", cfg.hidden_size)
+        self.embed = Embedding(vocab, embed, std=cfg.init_std, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(cfg, letter, rngs=rngs) for letter in cfg.pattern])
+        self.norm_f = RMSNorm(embed, eps=cfg.norm_eps, cast=cfg.norm_cast, dtype=dtype, rngs=rngs)
+        self.lm_head = (
+            None
+            if cfg.tie_embeddings
+            else Linear(embed, vocab, bias=False, std=cfg.init_std, dtype=dtype, rngs=rngs)
+        )
+
+    def context(self, **changes: Any) -> Context:
+        """A context in the model's own precision."""
+        return Context(precision=self.cfg.precision, **changes)
+
+    def hidden(
+        self, batch: PackedBatch, ctx: Context | None = None
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Final hidden states (after the last norm) of packed documents, and what ``ctx.taps`` asked for."""
+        ctx = ctx or self.context()
+        h = self.embed(batch.tokens, ctx)
+        taps: list[Any] = [h]
+        for block in self.layers:
+            h, _ = _checkpointed(block, ctx)(h, batch)
+            taps.append(h)
+        return self.norm_f(h), {"hidden": jnp.stack(taps)} if "hidden" in ctx.taps else {}
+
+    def extend(
+        self, batch: PackedBatch, cache: Cache, ctx: Context | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache, Aux]:
+        """Final hidden states of a chunk that goes on from ``cache``, and the cache after it."""
+        ctx = ctx or self.context()
+        h = self.embed(batch.tokens, ctx)
+        taps: list[Any] = [h]
+        states = []
+        for block, state in zip(self.layers, cache.layers, strict=True):
+            h, state, _ = block.extend(h, batch, state, ctx)
+            states.append(state)
+            taps.append(h)
+        aux = {"hidden": jnp.stack(taps)} if "hidden" in ctx.taps else {}
+        return self.norm_f(h), Cache(layers=tuple(states)), aux
+
+    def head(self, h: Float[Array, "B T D"], ctx: Context | None = None) -> Float[Array, "B T V"]:
+        """Logits in float32."""
+        ctx = ctx or self.context()
+        if self.lm_head is None:
+            return linear(h, self.embed.weight[...].T, ctx, jnp.float32)
+        return linear(h, self.lm_head.weight.get_value(), ctx, jnp.float32)
+
+    def __call__(self, batch: PackedBatch, ctx: Context | None = None) -> Float[Array, "B T V"]:
+        h, _ = self.hidden(batch, ctx)
+        return self.head(h, ctx)
+
+
+def _checkpointed(block: Block, ctx: Context) -> Any:
+    """``block`` under the rematerialisation that ``ctx.remat`` names."""
+
+    def call(h: Array, batch: PackedBatch) -> tuple[Array, Aux]:
+        return block(h, batch, ctx)
+
+    if ctx.remat == "none":
+        return call
+    if ctx.remat == "layer":
+        return jax.checkpoint(call)
+    if ctx.remat == "dots":
+        return jax.checkpoint(call, policy=jax.checkpoint_policies.dots_saveable)
+    raise ValueError(f"remat={ctx.remat!r}: none, layer or dots")

@@ -1,0 +1,45 @@
+"""Dense feed-forward blocks: squared ReLU (Nemotron-H) and SwiGLU (Llama, Qwen)."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxllm.axes import Axis
+from jaxllm.batch import PackedBatch
+from jaxllm.config import ModelConfig
+from jaxllm.linear import Context
+from jaxllm.model.layers import Linear
+
+
+class MLP(nnx.Module):
+    """``relu2``: down(relu(up x)^2); ``swiglu``: down(silu(gate x) * up x)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        mlp = cfg.mlp
+        assert mlp is not None
+        dtype = cfg.precision.param
+        embed, hidden = Axis("embed", cfg.hidden_size), Axis("mlp", mlp.intermediate_size)
+        plain = dict(bias=mlp.bias, std=cfg.init_std, dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(embed, hidden, **plain) if mlp.activation == "swiglu" else None
+        self.up_proj = Linear(embed, hidden, **plain)
+        residual_std = cfg.init_std / len(cfg.pattern) ** 0.5
+        self.down_proj = Linear(hidden, embed, bias=mlp.bias, std=residual_std, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        up = self.up_proj(x, ctx)
+        if self.gate_proj is None:
+            hidden = jax.numpy.square(jax.nn.relu(up))
+        else:
+            hidden = jax.nn.silu(self.gate_proj(x, ctx)) * up
+        return self.down_proj(hidden, ctx), {}
+
+    def extend(
+        self, x: Float[Array, "B T D"], batch: PackedBatch, state: None, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], None, dict[str, Any]]:
+        """Keeps nothing between tokens."""
+        y, aux = self(x, batch, ctx)
+        return y, None, aux
