@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.data.errors import DataError
-from jaxllm.data.packing import RowSource, seeded_order
+from jaxllm.data.order import seeded_order
+from jaxllm.data.packing import RowSource
 from jaxllm.data.tokens import TokenCorpus
 from tests.data.corpora import numbered_corpus
 
