@@ -10,7 +10,7 @@ import pytest
 from jaxllm import ConfigError, PackedBatch
 from jaxllm.evaluate import perplexity, score_documents, score_windows
 from jaxllm.evaluate.windows import Window, strided_windows
-from tests.evaluate.conftest import TEXTS
+from tests.evaluate.tiny import TEXTS
 
 
 @jax.jit
