@@ -86,7 +86,7 @@ class Corpus:
 
 def in_validation(key: str) -> bool:
     """Whether the hash of `key` falls into the validation share; the same for ever, whatever else the corpus holds."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
 
 

@@ -79,12 +79,22 @@ def _records(
 ) -> Iterator[Document]:
     for name, file in zip(_names(files), files):
         for number, value in read(file, column):
-            if not isinstance(value, str):
-                raise DataError(
-                    f"data: got {spec!r}; record {number} of {file} has {type(value).__name__} in column {column!r}; "
-                    "a column of texts is needed"
-                )
-            yield Document(f"{name}:{number:09d}", value)
+            yield _record(spec, f"{name}:{number:09d}", column, value)
+
+
+def _record(spec: str, name: str, column: str, value: object) -> Document:
+    if not isinstance(value, str):
+        raise DataError(
+            f"data: got {spec!r}; record {name} has {type(value).__name__} in column {column!r}; a column of texts is needed"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"data: got {spec!r}; record {name} has half a surrogate pair in column {column!r}, which is no text; "
+            "correct or remove the record"
+        ) from error
+    return Document(name, value)
 
 
 def _no_column(given: str, column: str, columns: Iterable[str]) -> DataError:
@@ -155,8 +165,4 @@ def _hub_dataset(spec: str) -> Iterator[Document]:
     if column not in table.column_names:
         raise _no_column(f"{name}, split {split}", column, table.column_names)
     for number, value in enumerate(table[column]):
-        if not isinstance(value, str):
-            raise DataError(
-                f"data: got {spec!r}; record {number} is {type(value).__name__}, a text is needed"
-            )
-        yield Document(f"{name}:{number:09d}", value)
+        yield _record(spec, f"{name}:{number:09d}", column, value)
