@@ -19,7 +19,9 @@ def python(code: str, *path: Path) -> subprocess.CompletedProcess:
     """Run code in a fresh interpreter that finds ``path`` before this checkout."""
     entries = [*path, ROOT / "src", ROOT]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, entries)), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize("name", jaxllm.__all__)

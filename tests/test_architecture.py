@@ -166,15 +166,9 @@ def version_dependence(root: Path) -> list[str]:
     for module, file in modules(root).items():
         if module.split(".")[0] not in LIBRARY or file.name == "compat.py":
             continue
-        for node in ast.walk(syntax(file)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in (
-                "jax.__version__",
-                "jax.__version_info__",
-                "jax.version",
-            ):
-                found.append(
-                    f"{file.relative_to(root).as_posix()}:{node.lineno}: {ast.unparse(node)} belongs into compat.py"
-                )
+        asked = [ast.unparse(node) for node in ast.walk(syntax(file)) if isinstance(node, ast.Attribute)]
+        versions = {"jax.__version__", "jax.__version_info__", "jax.version"}.intersection(asked)
+        found += [f"{file.relative_to(root).as_posix()}: {name} belongs into compat.py" for name in versions]
     return found
 
 
