@@ -1,0 +1,76 @@
+"""What a training step takes and returns."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.functional import Params, abstract_params, init_params
+from jaxllm.train.optim import OptimConfig, make_optimizer
+
+# Leaves are arrays, but also ShapeDtypeStructs or shardings while JAX maps over the tree.
+Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; a checkpoint of it, and of the data's place, is a whole run.
+
+    Attributes:
+        params: float32 master parameters.
+        opt_state: of :func:`make_optimizer`; moments are float32.
+        step: i32[]; batches seen, skipped ones included.
+        rng: u32[2]; key data of the run's seed, constant: a step's key is this folded with its number.
+        skipped: i32[]; updates left out because the loss or the gradient was not finite.
+        consecutive_skips: i32[]; those since the last update.
+    """
+
+    params: Params
+    opt_state: Any
+    step: Leaf
+    rng: Leaf
+    skipped: Leaf
+    consecutive_skips: Leaf
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainPlan:
+    """What the host decides for one step.
+
+    Attributes:
+        lr: f32[]; learning rate.
+    """
+
+    lr: Leaf
+
+
+def master_config(cfg: ModelConfig) -> ModelConfig:
+    """``cfg`` with float32 parameters: training keeps masters and rounds them where they are used."""
+    return cfg.replace(precision=replace(cfg.precision, param="float32"))
+
+
+def state_of(params: Params, optim: OptimConfig, seed: int = 0) -> TrainState:
+    """The state before step 0 that starts from ``params``; makes float32 masters, never aliases ``params``."""
+    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+    # One array each: a donated state must not hold the same buffer twice.
+    step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
+    rng = jax.random.key_data(jax.random.key(seed))
+    return TrainState(params, make_optimizer(optim).init(params), step, rng, skipped, consecutive)
+
+
+def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int = 0) -> TrainState:
+    """The state before step 0 of a new model."""
+    return state_of(init_params(master_config(cfg), seed), optim, seed)
+
+
+def abstract_state(cfg: ModelConfig, optim: OptimConfig) -> TrainState:
+    """ShapeDtypeStructs of :func:`init_state`; nothing is allocated."""
+    return jax.eval_shape(lambda p: state_of(p, optim), abstract_params(master_config(cfg)))

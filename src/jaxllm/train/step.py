@@ -1,0 +1,228 @@
+"""One training step: a pure function of (state, batch, plan), compiled once, its state donated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.batch import PackedBatch
+from jaxllm.config import ModelConfig, positive, require
+from jaxllm.linear import Context
+from jaxllm.model.functional import Params, merge
+from jaxllm.train.loss import CHUNK, LossSums, cross_entropy
+from jaxllm.train.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.train.state import Leaf, TrainPlan, TrainState
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Static settings of a step.
+
+    Attributes:
+        accum_steps: microbatches that a batch is cut into; the update is that of the whole batch.
+        remat: "none", "layer" (keep layer inputs only) or "dots" (keep matrix products as well).
+        z_loss: weight of logsumexp(logits)^2.
+        loss_chunk: tokens whose logits exist at once.
+        implementation: of the kernels.
+    """
+
+    accum_steps: int = 1
+    remat: str = "none"
+    z_loss: float = 0.0
+    loss_chunk: int = CHUNK
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        positive(accum_steps=self.accum_steps, loss_chunk=self.loss_chunk)
+        require(self.remat in ("none", "layer", "dots"), "remat", self.remat, "none, layer or dots")
+        require(self.z_loss >= 0, "z_loss", self.z_loss, "must be at least 0")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Metrics:
+    """Scalars of one step; means are over the scored tokens.
+
+    Attributes:
+        loss: nats per token, without the z-loss.
+        z_loss: what the z-loss adds to the objective, per token.
+        accuracy: share of targets that were the arg max.
+        grad_norm: global norm of the mean gradient before clipping.
+        lr: learning rate.
+        tokens: i32[]; scored tokens (weights above zero count as one).
+        skipped: i32[]; updates left out so far.
+        consecutive_skips: i32[]; those since the last update; above 0: this one was left out.
+    """
+
+    loss: Leaf
+    z_loss: Leaf
+    accuracy: Leaf
+    grad_norm: Leaf
+    lr: Leaf
+    tokens: Leaf
+    skipped: Leaf
+    consecutive_skips: Leaf
+
+
+def batch_loss(
+    cfg: ModelConfig, params: Params, batch: PackedBatch, settings: StepSettings, rng: Any = None
+) -> tuple[jax.Array, LossSums]:
+    """Summed objective of a batch and its parts.
+
+    Raises:
+        ValueError: the batch has no targets, or more than one prediction depth.
+    """
+    if batch.targets is None:
+        raise ValueError(
+            "batch.targets=None: training needs i32[B, T, 1] targets; make batches with a Loader"
+        )
+    if batch.targets.shape[-1] != 1:
+        raise ValueError(
+            f"batch.targets: {batch.targets.shape[-1]} prediction depths; this model predicts one, use depths=1"
+        )
+    model = merge(cfg, params)
+    ctx = Context(
+        precision=cfg.precision, remat=settings.remat, implementation=settings.implementation, rng=rng
+    )
+    h, _ = model.hidden(batch, ctx)
+    w = model.embed.weight[...] if model.lm_head is None else model.lm_head.weight.get_value()
+    return cross_entropy(
+        h,
+        w,
+        batch.targets[..., 0],
+        batch.loss_mask,
+        tied=model.lm_head is None,
+        z_loss=settings.z_loss,
+        precision=cfg.precision,
+        chunk=settings.loss_chunk,
+    )
+
+
+def _microbatches(batch: PackedBatch, count: int) -> PackedBatch:
+    """[B, ...] leaves to [count, B / count, ...]; rows are dealt round, so that sharded rows stay on their device."""
+
+    def cut(x):
+        if x.shape[0] % count:
+            raise ValueError(
+                f"accum_steps={count}: the batch has {x.shape[0]} rows; choose a divisor of that, or another batch size"
+            )
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(cut, batch)
+
+
+def gradients(
+    cfg: ModelConfig, params: Params, batch: PackedBatch, settings: StepSettings, rng: Any = None
+) -> tuple[Params, LossSums]:
+    """Gradient of the *summed* objective, float32, and the sums; microbatches add up without any weighting."""
+
+    def one(part: PackedBatch, key: Any) -> tuple[Params, LossSums]:
+        objective = lambda p: batch_loss(cfg, p, part, settings, key)  # noqa: E731
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return grads, sums
+
+    if settings.accum_steps == 1:
+        return one(batch, rng)
+
+    def accumulate(total: Any, item: Any) -> tuple[Any, None]:
+        part, index = item
+        key = None if rng is None else jax.random.fold_in(rng, index)
+        return jax.tree.map(jnp.add, total, one(part, key)), None
+
+    start = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+    parts = (_microbatches(batch, settings.accum_steps), jnp.arange(settings.accum_steps))
+    total, _ = jax.lax.scan(accumulate, (start, zeros), parts)
+    return total
+
+
+def apply_gradients(
+    optim: OptimConfig, state: TrainState, grads: Params, sums: LossSums, lr: Any, z_loss: float = 0.0
+) -> tuple[TrainState, Metrics]:
+    """Mean, clip, update; with a loss or gradient that is not finite, parameters and moments stay as they are."""
+    weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+    loss = sums.nats / weight
+    norm = optax.global_norm(grads) / weight
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # One factor does the mean and the clipping, so that the gradient is read once more and not written.
+    clip = 1.0 if optim.clip_norm is None else jnp.minimum(1.0, optim.clip_norm / (norm + 1e-12))
+    grads = jax.tree.map(lambda g: g * (clip / weight), grads)
+    updates, opt_state = make_optimizer(optim).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    skip = 1 - finite.astype(jnp.int32)
+    state = state.replace(
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        step=state.step + 1,
+        skipped=state.skipped + skip,
+        consecutive_skips=(state.consecutive_skips + 1) * skip,
+    )
+    metrics = Metrics(
+        loss=loss,
+        z_loss=z_loss * sums.z / weight,
+        accuracy=sums.correct / weight,
+        grad_norm=norm,
+        lr=lr,
+        tokens=jnp.zeros((), jnp.int32),
+        skipped=state.skipped,
+        consecutive_skips=state.consecutive_skips,
+    )
+    return state, metrics
+
+
+def scored_tokens(batch: PackedBatch) -> jax.Array:
+    """i32[]; positions that have a target and a weight."""
+    scored = batch.targets[..., 0] >= 0
+    if batch.loss_mask is not None:
+        scored &= batch.loss_mask > 0
+    return jnp.sum(scored, dtype=jnp.int32)
+
+
+TrainStep = Callable[[TrainState, PackedBatch, TrainPlan | None], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    cfg: ModelConfig, optim: OptimConfig, settings: StepSettings | None = None, *, out_shardings: Any = None
+) -> Any:
+    """The compiled step ``(state, batch, plan) -> (state, Metrics)``; it consumes (donates) ``state``.
+
+    Args:
+        cfg: model; ``cfg.precision`` gives the compute and operand dtypes, the masters are float32.
+        optim: optimiser and schedule.
+        settings: see :class:`StepSettings`.
+        out_shardings: of (state, metrics), as for ``jax.jit``; None leaves them to the compiler.
+
+    Returns:
+        A jitted function. ``plan=None`` takes the learning rate from the schedule at ``state.step``;
+        ``TrainPlan(lr=...)`` sets it, for schedules driven by the clock.
+    """
+    settings = settings or StepSettings()
+
+    def train_step(
+        state: TrainState, batch: PackedBatch, plan: TrainPlan | None = None
+    ) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        lr = learning_rate(optim, state.step) if plan is None else jnp.asarray(plan.lr, jnp.float32)
+        grads, sums = gradients(cfg, state.params, batch, settings, rng)
+        tokens = scored_tokens(batch)
+        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
+        return state, Metrics(**{**vars(metrics), "tokens": tokens})
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def make_eval_step(cfg: ModelConfig, settings: StepSettings | None = None) -> Any:
+    """The compiled ``(params, batch) -> LossSums``; add the sums of several batches, then divide by ``weight``."""
+    settings = settings or StepSettings()
+
+    def eval_step(params: Params, batch: PackedBatch) -> LossSums:
+        return batch_loss(cfg, params, batch, settings)[1]
+
+    return jax.jit(eval_step)

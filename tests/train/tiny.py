@@ -1,0 +1,49 @@
+"""Tiny models and batches for the training tests."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxllm.batch import PackedBatch
+from jaxllm.config import AttentionConfig, MambaConfig, MLPConfig, ModelConfig, Precision, RopeConfig
+from jaxllm.train.optim import OptimConfig
+
+VOCAB = 61
+
+
+def tiny_config(pattern: str = "M*-", precision: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    """A model of a few thousand parameters with every letter of ``pattern``."""
+    fields: dict[str, Any] = dict(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        pattern=pattern,
+        mamba=MambaConfig(num_heads=2, head_dim=8, state_size=8, chunk_size=8),
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, rope=RopeConfig()),
+        mlp=MLPConfig(intermediate_size=24),
+        tie_embeddings=True,
+        precision=Precision(**(precision or {})),
+    )
+    return ModelConfig(**{**fields, **changes})
+
+
+def tiny_batch(rows: int = 4, length: int = 16, *, seed: int = 0, vocab: int = VOCAB) -> PackedBatch:
+    """Two documents and some padding per row, with weights that differ between rows."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (rows, length)).astype(np.int32)
+    index = np.arange(length)
+    cut = rng.integers(2, length - 2, (rows, 1))
+    end = length - rng.integers(0, 3, (rows, 1))
+    segments = np.where(index >= end, 0, np.where(index < cut, 1, 2)).astype(np.int32)
+    positions = np.where(index < cut, index, index - cut).astype(np.int32)
+    targets = np.roll(tokens, -1, axis=1)
+    last = (index == cut - 1) | (index >= end - 1)
+    targets = np.where(last, -1, targets).astype(np.int32)[..., None]
+    mask = ((targets[..., 0] >= 0) * rng.uniform(0.5, 1.5, (rows, 1))).astype(np.float32)
+    return PackedBatch(
+        tokens=tokens, segment_ids=segments, positions=positions, targets=targets, loss_mask=mask
+    )
+
+
+def constant_lr(lr: float = 1e-2, **changes: Any) -> OptimConfig:
+    """An optimiser without warm-up or decay of the rate."""
+    return OptimConfig(lr=lr, schedule="constant", warmup_steps=0, **changes)
