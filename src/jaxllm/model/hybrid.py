@@ -16,6 +16,7 @@ from jaxllm.model.attention import Attention
 from jaxllm.model.layers import Embedding, Linear, RMSNorm
 from jaxllm.model.mamba import Mamba
 from jaxllm.model.mlp import MLP
+from pallas_kernels.precision import contract
 
 Aux = dict[str, Any]
 
@@ -102,7 +103,11 @@ class HybridLM(nnx.Module):
         """Logits in float32."""
         ctx = ctx or self.context()
         if self.lm_head is None:
-            return linear(h, self.embed.weight[...].T, ctx, jnp.float32)
+            # Not linear(h, table.T): XLA:CPU cannot run the transposed bfloat16 product of its gradient.
+            table = self.embed.weight[...]
+            operand = ctx.precision.operand
+            table = table if operand else table.astype(h.dtype)
+            return contract("btd,vd->btv", h, table, operand_dtype=operand, out_dtype=jnp.float32)
         return linear(h, self.lm_head.weight.get_value(), ctx, jnp.float32)
 
     def __call__(self, batch: PackedBatch, ctx: Context | None = None) -> Float[Array, "B T V"]:
