@@ -1,0 +1,177 @@
+"""Dispatch, help and errors: what a newcomer meets before anything has run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxllm.cli import main
+from jaxllm.cli.errors import UserError, did_you_mean, explain
+from jaxllm.config import ConfigError
+from jaxllm.data.errors import CorpusError
+from tests.cli.conftest import subprocess_environment
+
+HEAVY = (
+    "jax",
+    "numpy",
+    "flax",
+    "optax",
+    "orbax",
+    "grain",
+    "tyro",
+    "rich",
+    "yaml",
+    "matplotlib",
+    "tokenizers",
+    "torch",
+)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import jaxllm",
+        "from jaxllm.cli.main import dispatch; dispatch(['--help'])",
+        "from jaxllm.cli.main import dispatch; dispatch(['--version'])",
+    ],
+)
+def test_help_version_and_import_load_nothing_heavy(statement):
+    code = f"import sys; {statement}; print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=subprocess_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_parsing_a_command_does_not_import_jax(name, process):
+    code = (
+        "import sys; from jaxllm.cli.main import dispatch\n"
+        f"try: dispatch([{name!r}, '--help'])\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "print('jax' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=subprocess_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "False"
+    assert f"jaxllm {name}" in done.stdout
+
+
+def test_help_lists_every_command(cli):
+    shown = cli("--help")
+    assert shown.code == 0
+    assert all(
+        f"  {name} " in shown.out and command.summary in shown.out for name, command in main.COMMANDS.items()
+    )
+
+
+def test_nothing_given_shows_the_help_as_a_mistake(cli):
+    shown = cli()
+    assert shown.code == 2 and "usage: " in shown.out
+
+
+def test_version(cli):
+    from jaxllm import __version__
+
+    assert cli("--version").out == f"jaxllm {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], ["trian", "quickstart", "doctor"]),
+        (["doctor", "--jsn"], ["--jsn", "--json"]),
+        (["quickstart", "--minutes", "soon"], ["--minutes", "soon"]),
+        (["info"], ["required"]),
+    ],
+)
+def test_wrong_words_are_named_and_exit_with_2(argv, words, cli):
+    shown = cli(*argv)
+    assert shown.code == 2
+    text = shown.out + shown.err
+    assert all(word in text for word in words)
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            UserError("--minutes", 0, "a positive number", "Try 5."),
+            ["--minutes", "0", "a positive number", "Try 5."],
+        ),
+        (ConfigError("pattern='X': unknown letter X"), ["unknown letter X"]),
+        (CorpusError("the standard library's sources: found none"), ["found none"]),
+        (FileNotFoundError(2, "No such file or directory", "run.yaml"), ["run.yaml", "no such file"]),
+    ],
+)
+def test_a_users_mistake_is_one_message_without_traceback(error, words, cli, monkeypatch):
+    from jaxllm.cli import doctor
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", fail)
+    shown = cli("doctor")
+    assert shown.code == 2
+    assert all(word in shown.err for word in words)
+    assert "Traceback" not in shown.err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, cli):
+    from jaxllm.cli import doctor
+
+    monkeypatch.setattr(doctor, "run", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("doctor")
+    assert explain(ZeroDivisionError()) is None
+
+
+def test_ctrl_c_is_not_an_error_report(monkeypatch, cli):
+    from jaxllm.cli import doctor
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupt)
+    shown = cli("doctor")
+    assert shown.code == 130 and "Traceback" not in shown.err
+
+
+def test_did_you_mean():
+    assert "'quickstart'" in did_you_mean("quikstart", main.COMMANDS)
+    assert did_you_mean("zzz", main.COMMANDS) == ""
+
+
+def test_preparation_keeps_what_the_user_has_set(monkeypatch, tmp_path):
+    import os
+    import warnings
+
+    from jaxllm.cli import environment
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with warnings.catch_warnings():
+        environment.prepare()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    with warnings.catch_warnings():
+        environment.prepare()
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / "jaxllm" / "xla"
+
+
+def test_doctor_prints_devices_versions_and_implementations(cli):
+    shown = cli("doctor")
+    assert shown.code == 0
+    for word in ("cpu", "jaxlib", "python", "attention", "ssd", "causal_conv", "because"):
+        assert word in shown.out
+
+
+def test_doctor_json(cli):
+    report = json.loads(cli("doctor", "--json").out)
+    assert report["devices"][0]["platform"] == "cpu"
+    assert {"jax", "jaxllm", "python"} <= set(report["versions"])
+    assert all(op["implementation"] and op["reason"] for op in report["ops"])
