@@ -1,0 +1,324 @@
+"""``jaxllm.generate`` and ``jaxllm.load``."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxllm.cache.state import KVCache
+from jaxllm.config import ModelConfig, require
+from jaxllm.generation.buckets import multiple, power_of_two
+from jaxllm.generation.engine import LEAST_BOUND, Engine, EngineConfig
+from jaxllm.generation.pool import borrowed
+from jaxllm.generation.request import Event, SamplingParams
+from jaxllm.generation.text import TextStream
+from jaxllm.model import functional
+from jaxllm.model.functional import LanguageModel
+from jaxllm.model.hybrid import HybridLM
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+# Steps of one call where nobody waits for single tokens; the call ends early when all rows have ended.
+STEPS_PER_CALL = 32
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What one prompt gave.
+
+    Attributes:
+        token_ids: the sampled tokens, those that ended the answer included.
+        text: their text, without the stop string that ended it; None without a tokenizer.
+        finish_reason: "stop" (stop id or stop string) or "length" (max_new_tokens).
+        prompt_tokens: tokens of the prompt.
+        logprobs: log-probability of each token under the model itself, before temperature and penalties; None unless
+            asked for.
+        top_logprobs: for each token the most likely ones, (id, log-probability); None unless asked for.
+        time_to_first_token: seconds from the call to this prompt's first token, waiting and compiling included.
+        decode_tokens_per_second: tokens after the first over the time since the first; None with fewer than two.
+    """
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    prompt_tokens: int
+    logprobs: list[float] | None
+    top_logprobs: list[tuple[tuple[int, float], ...]] | None
+    time_to_first_token: float
+    decode_tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """One token of a stream.
+
+    Attributes:
+        index: which prompt.
+        token_id: the token.
+        text: text that became certain with it, often empty; "" without a tokenizer.
+        logprob: its log-probability, where asked for.
+        result: the whole result, on the prompt's last event.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    logprob: float | None = None
+    result: GenerationResult | None = None
+
+
+class _Answer:
+    """What is known of one prompt's answer."""
+
+    def __init__(self, index: int, prompt_tokens: int, tokenizer: Any, stop: tuple[str, ...], started: float):
+        self.index, self.prompt_tokens, self.started = index, prompt_tokens, started
+        self.stream = None if tokenizer is None else TextStream(tokenizer, stop)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[tuple[tuple[int, float], ...]] = []
+        self.first = self.last = started
+        self.done = False
+
+    def take(self, event: Event, now: float) -> StreamEvent:
+        """Add a token; ``now`` is when it became known."""
+        if not self.tokens:
+            self.first = now
+        self.last = now
+        self.tokens.append(event.token)
+        if event.logprob is not None and event.top_logprobs is not None:
+            self.logprobs.append(event.logprob)
+            self.top.append(event.top_logprobs)
+        piece, reason = "", event.finish_reason
+        if self.stream is not None:
+            piece = self.stream.push(event.token)
+            if reason is not None:
+                piece += self.stream.flush()
+            reason = "stop" if self.stream.stopped else reason
+        self.done = reason is not None
+        result = None if reason is None else self._result(reason)
+        return StreamEvent(self.index, event.token, piece, event.logprob, result)
+
+    def _result(self, reason: str) -> GenerationResult:
+        seconds = self.last - self.first
+        return GenerationResult(
+            token_ids=self.tokens,
+            text=None if self.stream is None else self.stream.text,
+            finish_reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            logprobs=self.logprobs or None,
+            top_logprobs=self.top if any(self.top) else None,
+            time_to_first_token=self.first - self.started,
+            decode_tokens_per_second=(len(self.tokens) - 1) / seconds if seconds > 0 else None,
+        )
+
+
+def generate(
+    model: LanguageModel | HybridLM,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int = 128,
+    min_new_tokens: int = 0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    logprobs: int | None = None,
+    kv: KVCache | None = None,
+    max_batch: int = 8,
+    chunk: int = 512,
+    steps_per_call: int | None = None,
+    stream: bool = False,
+) -> Any:
+    """Continue prompts.
+
+    Args:
+        model: a :class:`LanguageModel` (``jaxllm.load``) or an NNX module; only the former has a tokenizer.
+        prompts: one prompt or several, each text or token ids. Text is encoded with the begin token in front where
+            the tokenizer has one (unless its configuration says ``add_bos_token: false``).
+        max_new_tokens: most tokens to sample for each prompt.
+        min_new_tokens: stop ids are impossible before this many tokens.
+        temperature: 0, the default, takes the most likely token each time; above 0 tokens are drawn.
+        top_k: draw from the k most likely tokens; None: all.
+        top_p: draw from the smallest set whose probability reaches this, in (0, 1]; None: all.
+        min_p: draw from tokens at least this times as likely as the most likely one, in [0, 1]; None: all.
+        repetition_penalty: above 1 makes tokens of prompt and output less likely; 1 is none.
+        presence_penalty: subtracted from the logit of every token of the output, in [-2, 2].
+        frequency_penalty: subtracted once for each occurrence in the output, in [-2, 2].
+        seed: prompt i draws with seed + i. Batch size, queueing and streaming do not change the draw.
+        stop: text that ends an answer; it is cut off.
+        stop_token_ids: tokens that end an answer, beside the tokenizer's end token.
+        ignore_eos: do not end at the tokenizer's end token.
+        logprobs: report log-probabilities of the chosen tokens and of this many most likely ones.
+        kv: how keys and values are kept.
+        max_batch: prompts decoded at once; the others queue.
+        chunk: longest piece of a prompt that one call reads.
+        steps_per_call: decode steps between two looks at the result; None: 1 when streaming, else 32. Tokens do not
+            depend on it.
+        stream: return an iterator of :class:`StreamEvent` instead of the results.
+
+    Returns:
+        list[GenerationResult], one per prompt in their order; with ``stream``, Iterator[StreamEvent], which does the
+        work as it is read.
+
+    Raises:
+        ConfigError: an argument is not as above; the message names it. Nothing has run by then.
+    """
+    started = time.perf_counter()
+    if isinstance(model, LanguageModel):
+        cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
+    else:
+        cfg, params = functional.split(model)
+        tokenizer = None
+    ids = _prompt_ids(cfg, tokenizer, prompts)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    require(
+        all(isinstance(s, str) and s for s in stops),
+        "stop",
+        stop,
+        "must be None, a string or strings, none of them empty",
+    )
+    require(
+        not stops or tokenizer is not None, "stop", stop, "needs a model with a tokenizer; use stop_token_ids"
+    )
+    require(
+        steps_per_call is None or steps_per_call >= 1,
+        "steps_per_call",
+        steps_per_call,
+        "must be None or at least 1",
+    )
+    require(max_batch >= 1, "max_batch", max_batch, "must be at least 1")
+    require(chunk >= 1, "chunk", chunk, "must be at least 1")
+    vocab = cfg.vocab_size
+    outside = [token for token in stop_token_ids if not 0 <= token < vocab]
+    require(not outside, "stop_token_ids", outside[:1], f"token ids must be from 0 to {vocab - 1}")
+    require(
+        logprobs is None or logprobs <= vocab,
+        "logprobs",
+        logprobs,
+        f"must be at most the vocabulary of {vocab}",
+    )
+    eos = getattr(tokenizer, "eos_id", None)
+    ending = dict.fromkeys(stop_token_ids)
+    if eos is not None and eos < vocab and not ignore_eos:
+        ending[eos] = None
+    common = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=float(temperature),
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=float(repetition_penalty),
+        presence_penalty=float(presence_penalty),
+        frequency_penalty=float(frequency_penalty),
+        seed=seed,
+        stop_token_ids=tuple(ending),
+        logprobs=logprobs,
+    )
+    kv = kv or KVCache()
+    capacity = power_of_two(max(map(len, ids)) + max_new_tokens, LEAST_BOUND)
+    config = EngineConfig(
+        slots=power_of_two(min(max_batch, len(ids))) if max_batch >= power_of_two(len(ids)) else max_batch,
+        capacity=capacity if kv.page_size is None else multiple(capacity, kv.page_size),
+        kv=kv,
+        chunk=chunk,
+        stop_width=power_of_two(len(ending), 4),
+        penalties=common.features.penalties,
+    )
+    k = steps_per_call or (1 if stream else STEPS_PER_CALL)
+    answers = [_Answer(i, len(prompt), tokenizer, stops, started) for i, prompt in enumerate(ids)]
+    events = _run(cfg, params, config, ids, common, answers, k)
+    if stream:
+        return events
+    results = {event.index: event.result for event in events if event.result is not None}
+    return [results[index] for index in range(len(ids))]
+
+
+def _run(
+    cfg: ModelConfig,
+    params: Any,
+    config: EngineConfig,
+    ids: list[list[int]],
+    common: SamplingParams,
+    answers: list[_Answer],
+    k: int,
+) -> Iterator[StreamEvent]:
+    with borrowed(cfg, params, config) as engine:
+        owners = {
+            engine.add(prompt, replace(common, seed=(common.seed + index) % 2**32)): answers[index]
+            for index, prompt in enumerate(ids)
+        }
+        while engine.busy:
+            yield from _told(engine, engine.step(k), owners)
+
+
+def _told(engine: Engine, events: list[Event], owners: dict[int, _Answer]) -> Iterator[StreamEvent]:
+    now = time.perf_counter()
+    for event in events:
+        answer = owners[event.request]
+        if answer.done:
+            continue
+        told = answer.take(event, now)
+        if answer.done and event.finish_reason is None:
+            engine.cancel(event.request)
+        yield told
+
+
+def _prompt_ids(cfg: ModelConfig, tokenizer: Any, prompts: Prompts) -> list[list[int]]:
+    """Token ids of every prompt, checked."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
+    if all(not isinstance(prompt, str | Sequence) and _is_id(prompt) for prompt in prompts):
+        prompts = [list(prompts)]  # type: ignore[list-item]
+    ids = []
+    for index, prompt in enumerate(prompts):
+        name = f"prompts[{index}]"
+        if isinstance(prompt, str):
+            require(
+                tokenizer is not None, name, prompt, "text needs a model with a tokenizer; give token ids"
+            )
+            require(bool(prompt), name, prompt, "must not be empty")
+            bos = tokenizer.config.get("add_bos_token", True) is not False
+            prompt = tokenizer.encode(prompt, bos=bos)
+        require(not isinstance(prompt, int), name, prompt, "must be text or a list of token ids")
+        prompt = [int(token) for token in prompt]  # type: ignore[union-attr]
+        require(len(prompt) > 0, name, prompt, "must not be empty")
+        outside = [token for token in prompt if not 0 <= token < cfg.vocab_size]
+        require(not outside, name, outside[:1], f"token ids must be from 0 to {cfg.vocab_size - 1}")
+        ids.append(prompt)
+    return ids
+
+
+def _is_id(value: Any) -> bool:
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+
+
+def load(folder: str | Path) -> LanguageModel:
+    """A model from a Hugging Face folder, or from a run folder of ``jaxllm train`` (its ``hf/``).
+
+    Raises:
+        ConfigError: there is neither ``config.json`` nor ``hf/config.json`` in ``folder``.
+    """
+    from jaxllm import hf
+
+    path = Path(folder)
+    for candidate in (path, path / "hf"):
+        if (candidate / "config.json").is_file():
+            return hf.load(candidate)
+    require(path.is_dir(), "folder", str(folder), "there is no such folder")
+    require(
+        False,
+        "folder",
+        str(folder),
+        "holds neither config.json (Hugging Face) nor hf/config.json (a jaxllm run)",
+    )
+    raise AssertionError
