@@ -1,0 +1,123 @@
+"""Tensor names: one table per family, read in both directions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.functional import abstract_params, flatten
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stored tensor lies relative to ours; both functions give views.
+
+    Attributes:
+        shape: our shape to the stored one.
+        load: stored array to ours.
+        store: our array to the stored one.
+    """
+
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    load: Callable[[np.ndarray], np.ndarray]
+    store: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda s: s, lambda a: a, lambda a: a)
+# Linear weights: [out, in] there, [in, out] here.
+FLIP = Layout(lambda s: s[::-1], lambda a: a.T, lambda a: a.T)
+# Depthwise convolution: [channels, 1, k] there, [k, channels] here.
+CONV = Layout(lambda s: (s[1], 1, s[0]), lambda a: a[:, 0].T, lambda a: a.T[:, None])
+
+MAMBA = {
+    "mixer.in_proj.weight": ("mixer.in_proj.weight", FLIP),
+    "mixer.in_proj.bias": ("mixer.in_proj.bias", SAME),
+    "mixer.conv_weight": ("mixer.conv1d.weight", CONV),
+    "mixer.conv_bias": ("mixer.conv1d.bias", SAME),
+    "mixer.A_log": ("mixer.A_log", SAME),
+    "mixer.D": ("mixer.D", SAME),
+    "mixer.dt_bias": ("mixer.dt_bias", SAME),
+    "mixer.norm.weight": ("mixer.norm.weight", SAME),
+    "mixer.out_proj.weight": ("mixer.out_proj.weight", FLIP),
+    "mixer.out_proj.bias": ("mixer.out_proj.bias", SAME),
+}
+
+
+def _linears(ours: str, theirs: str, names: tuple[str, ...]) -> dict[str, tuple[str, Layout]]:
+    weights = {f"{ours}.{name}.weight": (f"{theirs}.{name}.weight", FLIP) for name in names}
+    return weights | {f"{ours}.{name}.bias": (f"{theirs}.{name}.bias", SAME) for name in names}
+
+
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+HYBRID_LAYER = (
+    {"norm.weight": ("norm.weight", SAME)}
+    | MAMBA
+    | _linears("mixer", "mixer", QKVO)
+    | _linears("mixer", "mixer", ("up_proj", "down_proj"))
+)
+HYBRID_MODEL = {
+    "embed.weight": ("backbone.embeddings.weight", SAME),
+    "norm_f.weight": ("backbone.norm_f.weight", SAME),
+    "lm_head.weight": ("lm_head.weight", FLIP),
+}
+ATTENTION_LAYER = (
+    {"norm.weight": ("input_layernorm.weight", SAME)}
+    | _linears("mixer", "self_attn", QKVO)
+    | {f"mixer.{name}.weight": (f"self_attn.{name}.weight", SAME) for name in ("q_norm", "k_norm")}
+)
+MLP_LAYER = {"norm.weight": ("post_attention_layernorm.weight", SAME)} | _linears(
+    "mixer", "mlp", ("gate_proj", "up_proj", "down_proj")
+)
+TRANSFORMER_MODEL = {
+    "embed.weight": ("model.embed_tokens.weight", SAME),
+    "norm_f.weight": ("model.norm.weight", SAME),
+    "lm_head.weight": ("lm_head.weight", FLIP),
+}
+HYBRIDS = ("nemotron_h", "mamba2")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one of our parameters is stored.
+
+    Attributes:
+        name: in the file.
+        shape: in the file.
+        layout: between there and here.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+def _rule(path: str, pattern: str, family: str) -> tuple[str, Layout]:
+    """(stored name, layout) of our parameter ``path``."""
+    hybrid = family in HYBRIDS
+    if not path.startswith("layers."):
+        return (HYBRID_MODEL if hybrid else TRANSFORMER_MODEL)[path]
+    _, number, rest = path.split(".", 2)
+    index = int(number)
+    if hybrid:
+        name, layout = HYBRID_LAYER[rest]
+        return f"backbone.layers.{index}.{name}", layout
+    # A Hugging Face layer is a pair of ours.
+    name, layout = (MLP_LAYER if pattern[index] == "-" else ATTENTION_LAYER)[rest]
+    return f"model.layers.{index // 2}.{name}", layout
+
+
+def tensor_names(cfg: ModelConfig, family: str) -> dict[str, Stored]:
+    """Every parameter of ``cfg`` by dotted path (as :func:`jaxllm.model.functional.flatten` gives it): its place."""
+    out = {}
+    for path, leaf in flatten(abstract_params(cfg)).items():
+        name, layout = _rule(path, cfg.pattern, family)
+        out[path] = Stored(name, tuple(layout.shape(leaf.shape)), layout)
+    return out
+
+
+def disk_name(name: str, family: str) -> str:
+    """The name on disk of a tensor that may be named as transformers 5 names Nemotron-H's in memory."""
+    if family == "nemotron_h" and name.startswith("model."):
+        return "backbone." + name.removeprefix("model.")
+    return name
