@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.data.corpus import Document, in_validation, split_corpus, stdlib_corpus
+from jaxllm.data.corpus import Document, Documents, in_validation, split_corpus, stdlib_corpus
 from jaxllm.data.errors import CorpusError, DataError
 
 
@@ -128,3 +128,8 @@ def test_a_twentieth_of_keys_is_held_out():
     assert 0.04 < sum(in_validation(str(number)) for number in range(10_000)) / 10_000 < 0.06
     # Pinned: figures of different versions must be measured on the same files.
     assert [number for number in range(60) if in_validation(str(number))] == [39, 51, 55]
+
+
+def test_the_hash_knows_where_a_name_ends():
+    one, other = Documents((Document("ab", "c"),)), Documents((Document("a", "bc"),))
+    assert one.sha256 != other.sha256

@@ -72,6 +72,13 @@ def test_only_the_last_row_of_an_epoch_is_padded():
     assert used == [1] + [4] * 6
 
 
+def test_the_pieces_of_one_long_document_come_in_another_order_in_each_epoch():
+    source = RowSource(numbered_corpus([160]), 4, seed=1)
+    epochs = [[int(row["tokens"][0]) for row in epoch_rows(source, epoch)] for epoch in range(3)]
+    assert all(sorted(firsts) == list(range(0, 160, 4)) for firsts in epochs)
+    assert len({tuple(firsts) for firsts in epochs}) == 3 and list(range(0, 160, 4)) not in epochs
+
+
 def test_orders_differ_between_epochs_and_seeds_and_repeat_for_the_same_key():
     orders = [seeded_order(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)

@@ -88,9 +88,7 @@ class StreamDecoder:
     def flush(self) -> str:
         """What was held back, at the end of the stream; the decoder can then be used for another one."""
         if self._table is not None:
-            text = self._utf8.decode(b"", final=True)
-            self._utf8.reset()
-            return text
+            return self._utf8.decode(b"", final=True)
         text = self._decode(self._ids)[len(self._decode(self._ids[: self._told])) :]
         self._ids, self._told = [], 0
         return text

@@ -39,7 +39,7 @@ def tokenize(documents: Documents, tokenizer: Tokenizer, cache: str | Path | Non
         tokenizer: any.
         cache: cache folder; None: the user's.
     """
-    key = f"{tokenizer.fingerprint}:{documents.sha256}"
+    key = f"begin, text, end:{tokenizer.fingerprint}:{documents.sha256}"
     encoded = (tokenizer.encode_batch(texts, bos=True, eos=True) for texts in _batches(documents.texts))
     return cached_tokens(key, lambda: join_encoded(encoded, tokenizer.vocab_size), cache)
 
