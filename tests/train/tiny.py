@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxllm.batch import PackedBatch
@@ -47,3 +48,37 @@ def tiny_batch(rows: int = 4, length: int = 16, *, seed: int = 0, vocab: int = V
 def constant_lr(lr: float = 1e-2, **changes: Any) -> OptimConfig:
     """An optimiser without warm-up or decay of the rate."""
     return OptimConfig(lr=lr, schedule="constant", warmup_steps=0, **changes)
+
+
+class TinyLoader:
+    """Batches that are a function of their number; resumable like the real loader."""
+
+    def __init__(self, rows: int = 4, length: int = 16, poison: frozenset[int] = frozenset()):
+        self.rows, self.length, self.poison = rows, length, poison
+        self.step = 0
+
+    def __next__(self) -> PackedBatch:
+        batch = tiny_batch(self.rows, self.length, seed=self.step)
+        if self.step in self.poison:
+            batch = batch.replace(loss_mask=batch.loss_mask * np.float32("inf"))
+        self.step += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+def copied(tree: Any) -> Any:
+    """NumPy copies that outlive donation."""
+    return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+def assert_identical(ours: Any, theirs: Any) -> None:
+    """Bit for bit the same, NaNs included."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.tobytes() == b.tobytes()

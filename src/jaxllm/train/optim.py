@@ -4,7 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxllm.config import require
@@ -92,9 +94,11 @@ def learning_rate(optim: OptimConfig, step: Any, progress: Any = None) -> Any:
     Raises:
         ConfigError: neither ``progress`` nor ``total_steps`` says how long the run is.
     """
-    warm = jnp.minimum(1.0, (step + 1) / max(optim.warmup_steps, 1))
+    # On the host NumPy: an eager jnp operation would wait in the queue behind the step that is running.
+    xp = jnp if isinstance(step, jax.Array) or isinstance(progress, jax.Array) else np
+    warm = xp.minimum(1.0, (step + 1) / max(optim.warmup_steps, 1))
     if optim.schedule == "constant":
-        return jnp.asarray(optim.lr * warm, jnp.float32)
+        return xp.asarray(optim.lr * warm, xp.float32)
     if progress is None:
         require(
             optim.total_steps is not None,
@@ -104,13 +108,13 @@ def learning_rate(optim: OptimConfig, step: Any, progress: Any = None) -> Any:
         )
         assert optim.total_steps is not None
         progress = (step - optim.warmup_steps) / (optim.total_steps - optim.warmup_steps)
-    progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
+    progress = xp.clip(xp.asarray(progress, xp.float32), 0.0, 1.0)
     if optim.schedule == "wsd":
-        left = jnp.minimum(1.0, (1.0 - progress) / optim.decay_fraction)
+        left = xp.minimum(1.0, (1.0 - progress) / optim.decay_fraction)
     else:
-        left = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        left = 0.5 * (1.0 + xp.cos(xp.pi * progress))
     ratio = optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * left
-    return jnp.asarray(optim.lr * warm * ratio, jnp.float32)
+    return xp.asarray(optim.lr * warm * ratio, xp.float32)
 
 
 def decays(name: str) -> bool:

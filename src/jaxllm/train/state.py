@@ -59,11 +59,15 @@ def master_config(cfg: ModelConfig) -> ModelConfig:
 
 def state_of(params: Params, optim: OptimConfig, seed: int = 0) -> TrainState:
     """The state before step 0 that starts from ``params``; makes float32 masters, never aliases ``params``."""
-    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-    # One array each: a donated state must not hold the same buffer twice.
-    step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
-    rng = jax.random.key_data(jax.random.key(seed))
-    return TrainState(params, make_optimizer(optim).init(params), step, rng, skipped, consecutive)
+
+    @jax.jit
+    def build(params: Params) -> TrainState:
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
+        rng = jax.random.key_data(jax.random.key(seed))
+        return TrainState(params, make_optimizer(optim).init(params), step, rng, skipped, consecutive)
+
+    return build(params)
 
 
 def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int = 0) -> TrainState:

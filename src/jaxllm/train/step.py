@@ -145,7 +145,7 @@ def apply_gradients(
     """Mean, clip, update; with a loss or gradient that is not finite, parameters and moments stay as they are."""
     weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
     loss = sums.nats / weight
-    norm = optax.global_norm(grads) / weight
+    norm = optax.tree.norm(grads) / weight
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # One factor does the mean and the clipping, so that the gradient is read once more and not written.
     clip = 1.0 if optim.clip_norm is None else jnp.minimum(1.0, optim.clip_norm / (norm + 1e-12))
@@ -189,7 +189,12 @@ TrainStep = Callable[[TrainState, PackedBatch, TrainPlan | None], tuple[TrainSta
 
 
 def make_train_step(
-    cfg: ModelConfig, optim: OptimConfig, settings: StepSettings | None = None, *, out_shardings: Any = None
+    cfg: ModelConfig,
+    optim: OptimConfig,
+    settings: StepSettings | None = None,
+    *,
+    out_shardings: Any = None,
+    donate: bool = True,
 ) -> Any:
     """The compiled step ``(state, batch, plan) -> (state, Metrics)``; it consumes (donates) ``state``.
 
@@ -197,6 +202,7 @@ def make_train_step(
         cfg: model; ``cfg.precision`` gives the compute and operand dtypes, the masters are float32.
         optim: optimiser and schedule.
         settings: see :class:`StepSettings`.
+        donate: reuse the memory of ``state``; False keeps it (for jax_debug_nans, which runs a step twice).
         out_shardings: of (state, metrics), as for ``jax.jit``; None leaves them to the compiler.
 
     Returns:
@@ -215,7 +221,7 @@ def make_train_step(
         state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
         return state, Metrics(**{**vars(metrics), "tokens": tokens})
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=out_shardings)
 
 
 def make_eval_step(cfg: ModelConfig, settings: StepSettings | None = None) -> Any:

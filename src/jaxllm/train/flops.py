@@ -1,0 +1,61 @@
+"""Floating-point operations of a training step, and the machine's peak to hold them against."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.functional import abstract_params, flatten
+
+
+def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Multiply-adds count two; matrix products only, as in the usual 2 * parameters rule.
+
+    Attention counts the keys that causality (and the window) leaves: ``4 H d`` per query and visible key, for the
+    average query of a row that is one document. The scan counts reading and writing states, ``4 H P N`` per token, and
+    the lower triangle inside chunks of Q, ``Q (H P + G N)``. Embedding look-ups are free; the head counts.
+    """
+    total = 0.0
+    for name, leaf in flatten(abstract_params(cfg)).items():
+        if len(leaf.shape) == 2 and not name.startswith("embed."):
+            total += 2 * leaf.size
+    if cfg.tie_embeddings:
+        total += 2 * cfg.vocab_size * cfg.hidden_size
+    for letter in cfg.pattern:
+        if letter in "*W" and cfg.attention is not None:
+            a = cfg.attention
+            seen = (seq_len + 1) / 2
+            if letter == "W" and a.window is not None and a.window < seq_len:
+                seen = a.window - a.window * (a.window - 1) / (2 * seq_len)
+            total += 4 * a.num_heads * a.head_dim * seen
+        if letter == "M" and cfg.mamba is not None:
+            m = cfg.mamba
+            chunk = min(m.chunk_size, seq_len)
+            total += 4 * m.num_heads * m.head_dim * m.state_size
+            total += chunk * (m.num_heads * m.head_dim + m.n_groups * m.state_size)
+    return total
+
+
+def training_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Forward and backward, three times the forward; recomputation is not counted, as in model FLOPs utilisation."""
+    return 3 * forward_flops_per_token(cfg, seq_len)
+
+
+def measured_peak(operand: str = "float32", size: int = 1024, repeats: int = 3) -> float:
+    """FLOP/s of the best of a few square matrix products on the first device, with float32 accumulation.
+
+    On an accelerator the size grows to 8192, so that the launch does not count. This is what a dense product reaches
+    here, not a data sheet's number, so a utilisation against it says how much of the reachable is used.
+    """
+    if jax.default_backend() != "cpu":
+        size = max(size, 8192)
+    a = jnp.ones((size, size), operand)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

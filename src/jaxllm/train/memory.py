@@ -1,0 +1,145 @@
+"""What training takes on each device, by part; and what to say when it is too much."""
+
+from dataclasses import dataclass
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.functional import abstract_params, flatten
+from jaxllm.train.step import StepSettings
+
+FLOAT = 4
+
+
+class OutOfMemory(RuntimeError):
+    """The device is too small for this training; the message names the largest buffers and what to lower."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device at the peak of a step; an estimate for all but the state, which is exact.
+
+    Attributes:
+        parameters: float32 masters.
+        moments: both of Adam's, float32.
+        gradients: float32; twice with accumulation (the sum and the microbatch's own).
+        activations: kept for backward, plus the largest layer that is recomputed.
+        logits: of one chunk, with their gradient, and the gradient of the head.
+        batch: the packed integers and weights.
+    """
+
+    parameters: int
+    moments: int
+    gradients: int
+    activations: int
+    logits: int
+    batch: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name, largest first."""
+        return dict(sorted(vars(self).items(), key=lambda item: -item[1]))
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(self.parts.values())
+
+
+@dataclass
+class _Tokenwise:
+    """Values per token that one sub-block leaves for backward: all of them, and the matrix products only."""
+
+    everything: float = 0.0
+    products: float = 0.0
+
+
+def _sub_block(cfg: ModelConfig, letter: str, seq_len: int) -> _Tokenwise:
+    width = cfg.hidden_size
+    if letter == "M":
+        assert cfg.mamba is not None
+        m = cfg.mamba
+        chunk = min(m.chunk_size, 64, seq_len)
+        projected = m.inner_size + m.conv_size + m.num_heads
+        # Decay and masked score matrices of a chunk: three of [Q, Q] per head; states before each chunk.
+        scan = 3 * chunk * m.num_heads + m.inner_size * m.state_size / chunk
+        everything = 2 * width + projected + 2 * m.conv_size + 3 * m.inner_size + scan
+        return _Tokenwise(everything, projected + m.inner_size + chunk * m.n_groups + width)
+    if letter == "-":
+        assert cfg.mlp is not None
+        wide = cfg.mlp.intermediate_size * (2 if cfg.mlp.activation == "swiglu" else 1)
+        return _Tokenwise(2 * width + wide + 2 * cfg.mlp.intermediate_size, wide + width)
+    assert cfg.attention is not None
+    a = cfg.attention
+    heads = a.head_dim * (a.num_heads + 2 * a.num_kv_heads)
+    return _Tokenwise(
+        2 * width + 2 * heads + 2 * a.head_dim * a.num_heads, heads + a.head_dim * a.num_heads + width
+    )
+
+
+def estimate_training_memory(
+    cfg: ModelConfig, batch: int, seq: int, devices: int = 1, settings: StepSettings | None = None
+) -> TrainingMemory:
+    """Memory of one device in data-parallel training: rows are shared out, the state is whole on each.
+
+    Args:
+        cfg: model.
+        batch: rows of a whole step.
+        seq: tokens of a row.
+        devices: devices that share the rows.
+        settings: accumulation, rematerialisation and loss chunk.
+
+    Raises:
+        ValueError: the rows of a step do not cut into ``devices * accum_steps`` equal parts.
+    """
+    settings = settings or StepSettings()
+    shares = devices * settings.accum_steps
+    if batch < 1 or seq < 1 or devices < 1 or batch % shares:
+        raise ValueError(
+            f"batch={batch}, seq={seq}, devices={devices}: all must be at least 1, and devices * accum_steps = {shares} "
+            "must divide batch"
+        )
+    count = sum(leaf.size for leaf in flatten(abstract_params(cfg)).values())
+    tokens = batch * seq // shares
+    width = 2 if cfg.precision.compute == "bfloat16" else FLOAT
+    blocks = [_sub_block(cfg, letter, seq) for letter in cfg.pattern]
+    if settings.remat == "none":
+        kept = sum(block.everything for block in blocks)
+    else:
+        kept = cfg.hidden_size * len(blocks) + max(block.everything for block in blocks)
+        kept += sum(block.products for block in blocks) if settings.remat == "dots" else 0
+    head = cfg.vocab_size * cfg.hidden_size * FLOAT
+    return TrainingMemory(
+        parameters=count * FLOAT,
+        moments=2 * count * FLOAT,
+        gradients=count * FLOAT * (2 if settings.accum_steps > 1 else 1),
+        activations=int(tokens * (kept + 3 * cfg.hidden_size) * width),
+        logits=2 * min(settings.loss_chunk, tokens) * cfg.vocab_size * FLOAT + head,
+        batch=batch // devices * seq * 5 * FLOAT,
+    )
+
+
+REMEDIES = {
+    "activations": "a smaller batch, remat='layer', accum_steps > 1 or a shorter sequence",
+    "logits": "a smaller loss_chunk or vocabulary",
+    "parameters": "a smaller model",
+    "moments": "a smaller model",
+    "gradients": "a smaller model",
+    "batch": "a smaller batch",
+}
+
+
+def out_of_memory(memory: TrainingMemory, error: BaseException) -> OutOfMemory:
+    """The error to raise for a RESOURCE_EXHAUSTED: the three largest parts and what lowers each."""
+    largest = list(memory.parts.items())[:3]
+    listed = "; ".join(
+        f"{name} about {size / 2**20:,.0f} MiB (lower with {REMEDIES[name]})" for name, size in largest
+    )
+    detail = str(error).strip().splitlines()[0][:200]
+    return OutOfMemory(
+        f"the device ran out of memory. Of about {memory.total / 2**20:,.0f} MiB that a step takes, the largest are: "
+        f"{listed}. The device said: {detail}"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is the runtime's way of saying so."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
