@@ -1,25 +1,15 @@
 """SSD as batched matmuls inside chunks and a short scan over chunk states (arXiv 2405.21060, section 6)."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.precision import contract
 from pallas_kernels.segments import extents, running_ids
+from pallas_kernels.ssd.chunked import Aligned, chunked_ssd
 
 REASON = "chunked matmuls fused by XLA; no GPU kernel of this op is present"
 
 # Above this the work inside a chunk outgrows what the fewer states save, measured on CPU.
 _MAX_CHUNK = 64
-
-
-class _Entry(NamedTuple):
-    """Chunks before which the state is replaced by a document's initial state, on chunk-aligned rows."""
-
-    opens: Bool[Array, "nc B"]
-    document: Int[Array, "nc B"]
 
 
 def supports(*_args, **_options) -> str | None:
@@ -40,70 +30,21 @@ def _one_token(x, dt, A, B, C, D, state):
     return y[:, None], write.reshape(rows, H, P, N)
 
 
-def _scan_states(decay, Z, start, entry: _Entry | None):
-    """States before each chunk [nc, B, H, P, N] and after the last, from (decay, Z) of every chunk.
-
-    ``start`` is [B, H, P, N], or [B, n, H, P, N] where ``entry`` says which document opens which chunk.
-    """
-    if entry is None:
-        carry = start
-        opens = document = jnp.zeros((Z.shape[0], 0), jnp.int32)
-    else:
-        carry = jnp.zeros_like(start[:, 0])
-        opens, document = entry
-
-    def step(S, chunk):
-        decay, Z, opens, document = chunk
-        if entry is not None:
-            opening = start[jnp.arange(Z.shape[0]), document]
-            S = jnp.where(opens[:, None, None, None], opening, S)
-        return decay[..., None, None] * S + Z, S
-
-    return jax.lax.scan(step, carry, (decay, Z, opens, document))
-
-
-def _chunked(x, dt, A, B, C, ids, start, entry, Q, dtype):
-    """y without the skip, the states before each chunk, the state after the last, and each chunk's (decay, Z)."""
+def _chunked(x, dt, A, B, C, ids, start, aligned, Q, dtype):
+    """y [B, T, H, P] without the skip, and the final states [B, n, H, P, N]."""
     rows, T, H, P = x.shape
-    G, N = B.shape[2:]
-    E, nc = H // G, -(-T // Q)
+    nc = -(-T // Q)
 
-    def chunks(v):
-        v = jnp.pad(v, ((0, 0), (0, nc * Q - T), *[(0, 0)] * (v.ndim - 2)))
+    def chunks(v, mode="constant"):
+        v = jnp.pad(v, ((0, 0), (0, nc * Q - T), *[(0, 0)] * (v.ndim - 2)), mode=mode)
         return v.reshape(rows, nc, Q, *v.shape[2:]).swapaxes(0, 1)
 
-    dt = chunks(dt.astype(jnp.float32))
-    # Heads lead: every matmul then has its batch axes first and needs no hidden transpose.
-    xb = (
-        (chunks(x).astype(jnp.float32) * dt[..., None]).transpose(0, 1, 3, 2, 4).reshape(nc, rows, G, E, Q, P)
-    )
-    B, C = (chunks(v).transpose(0, 1, 3, 2, 4) for v in (B, C))
-    causal = jnp.tril(jnp.ones((Q, Q), bool))
-    a = (dt * A).swapaxes(2, 3).reshape(nc, rows, G, E, Q)
-    c = jnp.einsum("cbgei,ji->cbgej", a, causal.astype(jnp.float32), precision="highest")
-    total = c[..., -1:]
-    into, out = jnp.exp(total - c), jnp.exp(c)
-    decay = jnp.exp(total[..., 0])
-    mask = causal
-    if ids is not None:
-        ids = jnp.pad(ids, ((0, 0), (0, nc * Q - T)), mode="edge").reshape(rows, nc, Q).swapaxes(0, 1)
-        last = ids[:, :, -1]
-        before = jnp.concatenate([ids[:1, :, 0], last[:-1]])
-        mask = (causal & (ids[:, :, :, None] == ids[:, :, None, :]))[:, :, None, None]
-        into = into * (ids == last[:, :, None])[:, :, None, None]
-        out = out * (ids == before[:, :, None])[:, :, None, None]
-        decay = decay * (last == before)[:, :, None, None]
-    L = jnp.exp(jnp.where(mask, c[..., :, None] - c[..., None, :], -jnp.inf))
-    CB = contract("cbgin,cbgjn->cbgij", C, B, operand_dtype=dtype)
-    y = contract("cbgeij,cbgejp->cbgeip", CB[:, :, :, None] * L, xb, operand_dtype=dtype)
-    weighted = (into[..., None] * xb).transpose(0, 1, 2, 3, 5, 4).reshape(nc, rows, G, E * P, Q)
-    Z = contract("cbgmj,cbgjn->cbgmn", weighted, B, operand_dtype=dtype).reshape(nc, rows, H, P, N)
-    decay = decay.reshape(nc, rows, H)
-    final, S = _scan_states(decay, Z, start, entry)
-    carried = contract("cbgmn,cbgin->cbgmi", S.reshape(nc, rows, G, E * P, N), C, operand_dtype=dtype)
-    y = y + out[..., None] * carried.reshape(nc, rows, G, E, P, Q).swapaxes(4, 5)
-    y = y.reshape(nc, rows, H, Q, P).transpose(1, 0, 3, 2, 4).reshape(rows, nc * Q, H, P)[:, :T]
-    return y, S, final, decay, Z
+    x, dt, B, C = (chunks(v.astype(jnp.float32)) for v in (x, dt, B, C))
+    ids = None if ids is None else chunks(ids, "edge")
+    B, C = B.swapaxes(2, 3), C.swapaxes(2, 3)
+    dtype = jnp.dtype(dtype or jnp.float32)
+    y, final = chunked_ssd(dt[..., None] * x, dt * A, B, C, start, ids, aligned, dtype)
+    return y.swapaxes(0, 1).reshape(rows, nc * Q, H, P)[:, :T], final
 
 
 @jax.custom_vjp
@@ -130,8 +71,7 @@ _move.defvjp(_move_fwd, _move_bwd)
 
 def _aligned(x, dt, A, B, C, segment_ids, states, Q, dtype):
     """Every document moved to a chunk boundary: at most n extra chunks, no masks, exact states per document."""
-    rows, T = segment_ids.shape
-    n = states.shape[1]
+    T, n = segment_ids.shape[1], states.shape[1]
     nc = (T + n * (Q - 1)) // Q
     first, length = extents(segment_ids, n)
     ends = jnp.cumsum(-(-length // Q), axis=1)
@@ -150,11 +90,13 @@ def _aligned(x, dt, A, B, C, segment_ids, states, Q, dtype):
     inside = offset < jnp.repeat(of_document(length, document), Q, axis=1)
     source = jnp.where(inside, offset + jnp.repeat(of_document(first, document), Q, axis=1), -1)
     moved = [_move(v, source, target) for v in (x, dt, B, C)]
-    entry = _Entry((chunk == of_document(opening, document)).T, document.T)
-    y, S, _, decay, Z = _chunked(moved[0], moved[1], A, moved[2], moved[3], None, states, entry, Q, dtype)
-    at = (jnp.maximum(ends - 1, 0), jnp.arange(rows)[:, None])
-    final = decay[at][..., None, None] * S[at] + Z[at]
-    final = jnp.where((length > 0)[:, :, None, None, None], final, states)
+    occurs = of_document(length, document) > 0
+    aligned = Aligned(
+        document=document.T,
+        opens=(occurs & (chunk == of_document(opening, document))).T,
+        closes=(occurs & (chunk == of_document(ends, document) - 1)).T,
+    )
+    y, final = _chunked(moved[0], moved[1], A, moved[2], moved[3], None, states, aligned, Q, dtype)
     return _move(y, target, source), final
 
 
@@ -179,7 +121,7 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_si
     else:
         # With one document a row, padding (dt = 0) leaves the state alone and no mask is needed.
         ids = running_ids(segment_ids) if segment_ids is not None and n is None else None
-        y, _, final, _, _ = _chunked(x, dt, A, B, C, ids, initial_state[:, 0], None, Q, operand_dtype)
-        final = None if n is None else final[:, None]
+        y, final = _chunked(x, dt, A, B, C, ids, initial_state, None, Q, operand_dtype)
+        final = None if n is None else final
     y = y if D is None else y + D[:, None] * x
     return y.astype(x.dtype), final

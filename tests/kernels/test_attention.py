@@ -1,0 +1,185 @@
+"""Attention against float64 sums, its reference, torch, and itself under packing, padding and blocking."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import attention, xla
+from tests.kernels.kernel_cases import SEGMENTS, close, documents, normal, values, values_and_grads
+
+B, T = SEGMENTS.shape
+H, K, d = 4, 2, 8
+LIVE = SEGMENTS > 0
+POSITIONS = np.zeros_like(SEGMENTS)
+for _row, _, _at in documents(SEGMENTS):
+    POSITIONS[_row, _at] = np.arange(_at.stop - _at.start)
+PLACES = {
+    "q_positions": POSITIONS,
+    "kv_positions": POSITIONS,
+    "q_segment_ids": SEGMENTS,
+    "kv_segment_ids": SEGMENTS,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several query blocks, the last one ragged, at test lengths."""
+    monkeypatch.setattr(xla, "_BLOCK", 12)
+
+
+def arrays(seed: int = 0) -> dict:
+    return {"q": normal(seed, B, T, H, d), "k": normal(seed, B, T, K, d), "v": normal(seed + 1, B, T, K, d)}
+
+
+def by_hand(q, k, v, window, soft_cap):
+    """One document in float64: outputs and log-sum-exps."""
+    out, lse = np.zeros(q.shape), np.zeros(q.shape[:2])
+    for t in range(len(q)):
+        since = 0 if window is None else max(0, t + 1 - window)
+        for h in range(H):
+            keys, vals = (w[since : t + 1, h // (H // K)].astype(np.float64) for w in (k, v))
+            score = keys @ q[t, h] / np.sqrt(d)
+            score = score if soft_cap is None else soft_cap * np.tanh(score / soft_cap)
+            weight = np.exp(score)
+            out[t, h], lse[t, h] = weight @ vals / weight.sum(), np.log(weight.sum())
+    return out, lse
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, None), (None, 1.5), (1, 2.0)])
+def test_every_document_of_a_packed_row_attends_to_itself(implementation, window, soft_cap):
+    a = arrays()
+    out, lse = values(
+        attention,
+        {**a, **PLACES},
+        window=window,
+        soft_cap=soft_cap,
+        return_lse=True,
+        implementation=implementation,
+    )
+    for row, _, at in documents(SEGMENTS):
+        wanted = by_hand(*(a[name][row, at] for name in "qkv"), window, soft_cap)
+        close((out[row, at], lse[row, at]), wanted, 3e-6)
+    assert not out[~LIVE].any()
+    assert np.all(lse[~LIVE] == -np.inf)
+
+
+@pytest.mark.parametrize("kv_layout", ["BTKD", "BKTD"])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, 1.5)])
+def test_gradients_are_those_of_the_reference(kv_layout, window, soft_cap):
+    a = arrays()
+    if kv_layout == "BKTD":
+        a["k"], a["v"] = a["k"].swapaxes(1, 2), a["v"].swapaxes(1, 2)
+    options = {"window": window, "soft_cap": soft_cap, "kv_layout": kv_layout}
+    got, wanted = (
+        values_and_grads(attention, {**a, **PLACES}, [normal(2, B, T, H, d)], implementation=i, **options)
+        for i in ("xla", "reference")
+    )
+    close(got, wanted, 5e-6)
+
+
+def test_the_log_sum_exp_merges_two_halves_of_the_keys_and_has_a_gradient():
+    a = arrays()
+    half = np.arange(T) < 13
+    whole = values(attention, {**a, **PLACES}, return_lse=True)
+    parts = [
+        values(attention, {**a, **PLACES, "kv_segment_ids": np.where(keep, SEGMENTS, 0)}, return_lse=True)
+        for keep in (half, ~half)
+    ]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = [np.where(np.isfinite(whole[1]), np.exp(p[1] - whole[1]), 0)[..., None] for p in parts]
+    close(share[0] * parts[0][0] + share[1] * parts[1][0], whole[0], 3e-6)
+    ids = {name: np.ones_like(v) if "segment" in name else v for name, v in PLACES.items()}
+    weights = [normal(2, B, T, H, d), normal(2, B, T, H)]
+    got, wanted = (
+        values_and_grads(attention, {**a, **ids}, weights, return_lse=True, implementation=i)
+        for i in ("xla", "reference")
+    )
+    close(got, wanted, 5e-6)
+
+
+@pytest.mark.parametrize("kv_layout", ["BTKD", "BKTD"])
+def test_one_query_over_a_cache_is_the_last_row(kv_layout):
+    a = arrays()
+    wanted = values(attention, {**a, **PLACES}, window=6)[1, -1]
+    # The cache holds the keys in another order, among slots of other documents.
+    order = np.random.default_rng(0).permutation(T)
+    cache = {name: a[name][:, order] for name in "kv"}
+    if kv_layout == "BKTD":
+        cache = {name: v.swapaxes(1, 2) for name, v in cache.items()}
+    places = {
+        "q_positions": POSITIONS[:, -1:],
+        "kv_positions": POSITIONS[:, order],
+        "q_segment_ids": SEGMENTS[:, -1:],
+        "kv_segment_ids": SEGMENTS[:, order],
+    }
+    out = values(attention, {"q": a["q"][:, -1:], **cache, **places}, window=6, kv_layout=kv_layout)
+    close(out[1, 0], wanted, 3e-6)
+    assert not out[0].any()
+
+
+def test_huge_padding_does_not_leak():
+    a = arrays()
+    weights = [normal(2, B, T, H, d) * LIVE[..., None, None]]
+    clean = values_and_grads(attention, {**a, **PLACES}, weights)
+    a = {name: np.where(LIVE[..., None, None], v, 1e30).astype(np.float32) for name, v in a.items()}
+    got = values_and_grads(attention, {**a, **PLACES}, weights)
+    close(got, clean, 1e-6)
+    assert not any(grad[~LIVE].any() for grad in got[1].values())
+
+
+def test_scale_and_rounded_operands():
+    a = {**arrays(), **PLACES}
+    exact = values_and_grads(attention, a, [normal(2, B, T, H, d)], scale=0.7)
+    close(values(attention, {**a, "q": a["q"] * 0.7 * d**0.5}), exact[0], 3e-6)
+    rounded = values_and_grads(attention, a, [normal(2, B, T, H, d)], scale=0.7, operand_dtype=jnp.bfloat16)
+    close(rounded, exact, 3e-2)
+    assert np.abs(rounded[0] - exact[0]).max() > 1e-4
+
+
+def test_the_output_has_the_dtype_of_the_queries():
+    places = {name: jnp.asarray(v) for name, v in PLACES.items()}
+    a = {name: jnp.asarray(v, jnp.bfloat16) for name, v in arrays().items()}
+    out, lse = attention(**a, **places, return_lse=True)
+    assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.oracle
+def test_agrees_with_torch():
+    import torch
+
+    a = {name: torch.from_numpy(v.swapaxes(1, 2).copy()).requires_grad_() for name, v in arrays().items()}
+    weight = normal(2, B, T, H, d)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        a["q"], a["k"], a["v"], is_causal=True, enable_gqa=True
+    )
+    out.backward(torch.from_numpy(weight.swapaxes(1, 2).copy()))
+    places = {
+        name: np.ones_like(v) if "segment" in name else np.tile(np.arange(T), (B, 1))
+        for name, v in PLACES.items()
+    }
+    got, grads = values_and_grads(attention, {**arrays(), **places}, [weight])
+    close(got, out.detach().numpy().swapaxes(1, 2), 5e-6)
+    close(grads, {name: v.grad.numpy().swapaxes(1, 2) for name, v in a.items()}, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"k": np.ones((B, T, 3, d), np.float32), "v": np.ones((B, T, 3, d), np.float32)},
+            "K = 3 to divide H = 4",
+        ),
+        ({"v": np.ones((B, T, K, d + 1), np.float32)}, "v.shape"),
+        ({"kv_positions": POSITIONS[:, 1:]}, "kv_positions.shape"),
+        ({"q_segment_ids": SEGMENTS[:, 1:]}, "q_segment_ids.shape"),
+        ({"window": 0}, "window=0: expected None or at least 1"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0"),
+        ({"kv_layout": "KTBD"}, "kv_layout='KTBD': expected 'BTKD' or 'BKTD'"),
+        ({"operand_dtype": jnp.int8}, "operand_dtype='int8'"),
+        ({"implementation": "cudnn"}, "implementation='cudnn': expected one of 'auto', 'xla', 'reference'"),
+    ],
+)
+def test_bad_arguments_are_named(own_checks, change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(**{**arrays(), **PLACES, **change})
