@@ -201,7 +201,7 @@ class Trainer:
             self.step += 1
             previous, self._pending = (
                 self._pending,
-                _Pending(self.step, metrics, placed - begin, dispatched - placed),
+                _Pending(self.step, metrics, self.progress, placed - begin, dispatched - placed),
             )
             if previous is not None:
                 self._finish(previous)

@@ -91,7 +91,7 @@ class WandbWriter:
             ConfigError: wandb is not installed.
         """
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(
                 f"wandb={project!r}: wandb is not installed; pip install 'jaxllm[wandb]'"
