@@ -120,7 +120,7 @@ class JaxLM(TemplateLM):
         return Window(ids, len(ids) - len(continuation))
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
         windows = [self._window(context, continuation) for _, context, continuation in requests]
         scores = score_windows(self.lm, windows, step_tokens=self.step_tokens)
@@ -132,7 +132,8 @@ class JaxLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts; every token once, in windows of ``max_length``."""
-        windows, owners = [], []
+        windows: list[Window] = []
+        owners: list[int] = []
         for index, request in enumerate(requests):
             (text,) = request.args
             rolling = get_rolling_token_windows(

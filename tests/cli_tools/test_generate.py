@@ -1,0 +1,76 @@
+"""The text, where it goes, and what is said of a mistake."""
+
+import io
+import json
+
+import pytest
+
+from jaxllm import generate
+
+
+def test_the_completion_is_the_librarys(cli, folder, model):
+    done = cli("generate", folder, "--prompt", "A window", "--max-new-tokens", "12", "--temperature", "0")
+    assert done.code == 0, done.err
+    assert done.out == generate(model, "A window", max_new_tokens=12)[0].text + "\n"
+
+
+def test_sampling_flags_reach_the_sampler(cli, folder, model):
+    flags = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 7, "max_new_tokens": 10}
+    flags |= {"repetition_penalty": 1.2, "presence_penalty": 0.1, "frequency_penalty": 0.2}
+    argv = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    done = cli("generate", folder, "--prompt", "x", *argv, "--ignore-eos", "--stop", "zzz", "qqq", "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    expected = generate(model, "x", ignore_eos=True, stop=("zzz", "qqq"), **flags)[0]
+    assert report["text"] == expected.text
+    assert report["token_ids"] == expected.token_ids
+    assert report["timings"]["new_tokens"] == len(expected.token_ids)
+    assert report["settings"]["top_k"] == 20
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_a_prompt_may_come_from_elsewhere(cli, folder, model, source, tmp_path, monkeypatch):
+    argv = ["generate", folder, "--max-new-tokens", "5", "--temperature", "0"]
+    if source == "file":
+        (tmp_path / "prompt.txt").write_text("Attention é", encoding="utf-8")
+        argv += ["--prompt-file", tmp_path / "prompt.txt"]
+    else:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Attention é"))
+    assert cli(*argv).out == generate(model, "Attention é", max_new_tokens=5)[0].text + "\n"
+
+
+def test_the_report_stays_out_of_the_text(cli, folder, model):
+    done = cli("generate", folder, "--prompt", "x", "--max-new-tokens", "4", "--temperature", "0", "--report")
+    assert done.out == generate(model, "x", max_new_tokens=4)[0].text + "\n"
+    assert "new tokens" in done.err and "first token" in done.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompt", ""], ["--prompt", "some text"]),
+        (["--prompt", "x", "--prompt-file", "y"], ["--prompt-file", "either"]),
+        (["--prompt-file", "nowhere.txt"], ["nowhere.txt", "no such file"]),
+        (["--prompt", "x", "--temperature", "-1"], ["temperature", "-1"]),
+        (["--prompt", "x", "--top-p", "0"], ["top_p", "(0, 1]"]),
+        (["--prompt", "x", "--max-new-tokens", "0"], ["max_new_tokens", "at least 1"]),
+    ],
+)
+def test_a_mistake_is_named(cli, folder, argv, words):
+    done = cli("generate", folder, *argv)
+    assert done.code == 2
+    assert all(word in " ".join(done.err.replace("│", " ").split()) for word in words), done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_folder_without_a_model_is_named(cli, tmp_path):
+    done = cli("generate", tmp_path, "--prompt", "x")
+    assert done.code == 2 and "config.json" in done.err
+    done = cli("generate", tmp_path / "none", "--prompt", "x")
+    assert done.code == 2 and "folder" in done.err
+
+
+def test_a_binary_prompt_file_is_named(cli, folder, tmp_path):
+    (tmp_path / "prompt.bin").write_bytes(b"\xff\xfe\x00")
+    done = cli("generate", folder, "--prompt-file", tmp_path / "prompt.bin")
+    assert done.code == 2 and "UTF-8" in done.err
