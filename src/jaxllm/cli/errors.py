@@ -52,6 +52,8 @@ def _library_errors() -> tuple[type[BaseException], ...]:
         ("jaxllm.config", "ConfigError"),
         ("jaxllm.data.errors", "DataError"),
         ("jaxllm.hf.tensors", "CheckpointError"),
+        ("jaxllm.train.checkpoint", "CheckpointError"),
+        ("jaxllm.train.memory", "OutOfMemory"),
     ):
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))

@@ -1,0 +1,53 @@
+"""What a model is made of, in figures: parameters per part, and the state that a sequence leaves behind."""
+
+from dataclasses import dataclass
+from math import prod
+
+from jaxllm.config import LETTERS, ModelConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of block.
+
+    Attributes:
+        name: "embedding", a mixer's or FFN's name, "norms" or "head".
+        blocks: how many there are.
+        parameters: of all of them together.
+    """
+
+    name: str
+    blocks: int
+    parameters: int
+
+
+def parts(cfg: ModelConfig) -> list[Part]:
+    """Parts in the order of the forward pass; their parameters add up to the model's."""
+    from jaxllm.model.functional import abstract_params, flatten
+
+    totals: dict[str, int] = {}
+    norms = 0
+    for name, leaf in flatten(abstract_params(cfg)).items():
+        path = name.split(".")
+        if path[0] == "layers" and path[2] == "mixer":
+            part = LETTERS[cfg.pattern[int(path[1])]]
+        else:
+            part = {"embed": "embedding", "lm_head": "head"}.get(path[0], "norms")
+        totals[part] = totals.get(part, 0) + prod(leaf.shape)
+        norms += part == "norms"
+    order = ["embedding", *LETTERS.values(), "norms", "head"]
+    blocks = {name: cfg.pattern.count(letter) for letter, name in LETTERS.items()} | {"norms": norms}
+    found = [Part(name, blocks.get(name, 1), totals[name]) for name in order if name in totals]
+    return [*found, Part("head (the embedding transposed)", 1, 0)] if cfg.tie_embeddings else found
+
+
+def parameter_count(cfg: ModelConfig) -> int:
+    """All parameters."""
+    return sum(part.parameters for part in parts(cfg))
+
+
+def per_token_state_bytes(cfg: ModelConfig) -> int:
+    """Bytes by which a sequence's state grows with each token; 0 for a purely recurrent model."""
+    from jaxllm.cache.state import state_bytes
+
+    return state_bytes(cfg, 2) - state_bytes(cfg, 1)
