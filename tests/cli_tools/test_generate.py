@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 
@@ -74,3 +75,15 @@ def test_a_binary_prompt_file_is_named(cli, folder, tmp_path):
     (tmp_path / "prompt.bin").write_bytes(b"\xff\xfe\x00")
     done = cli("generate", folder, "--prompt-file", tmp_path / "prompt.bin")
     assert done.code == 2 and "UTF-8" in done.err
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_run_folder_is_a_model_too(cli, folder, tmp_path, exported):
+    """Its config.json is jaxllm's own; the model is the exported one, or else the newest checkpoint."""
+    run = tmp_path / "run"
+    assert cli("convert", folder, run).code == 0
+    if exported:
+        shutil.copytree(folder, run / "hf")
+        shutil.rmtree(run / "checkpoints")
+    argv = ["--prompt", "A window", "--max-new-tokens", "6", "--temperature", "0"]
+    assert cli("generate", run, *argv).out == cli("generate", folder, *argv).out

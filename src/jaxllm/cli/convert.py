@@ -91,6 +91,21 @@ def read(source: Path, kind: Kind, tokenizer: Path | None) -> "LanguageModel":
     return model
 
 
+def open_model(folder: Path) -> "LanguageModel":
+    """A model to use: a run's exported one, else its newest checkpoint, else what a Hugging Face folder holds.
+
+    A run's own config.json is jaxllm's, so the folder as a whole is none of Hugging Face's.
+
+    Raises:
+        ConfigError: the folder holds no model.
+    """
+    from jaxllm.generation.api import load
+
+    if (folder / "hf" / "config.json").is_file():
+        return load(folder / "hf")
+    return load(folder) if checkpoints_in(folder) is None else read(folder, "jaxllm", None)
+
+
 def write_checkpoint(model: "LanguageModel", target: Path) -> Path:
     """A run folder with one checkpoint of step 0: float32 parameters, no optimiser state.
 

@@ -84,11 +84,11 @@ def _baselines(model: "LanguageModel", corpus: "Corpus", texts: Sequence[str]) -
 
     def tokens(documents: Sequence[str]) -> TokenCorpus:
         encoded = model.tokenizer.encode_batch(list(documents), eos=True)
-        return TokenCorpus.from_documents(([prefix, *ids] for ids in encoded), model.cfg.vocab_size)
+        return TokenCorpus.from_documents(([prefix, *ids] for ids in encoded), model.tokenizer.vocab_size)
 
     train, scored = tokens(corpus.train.texts), tokens(texts)
     for order, name in ((2, "Kneser-Ney bigram"), (3, "modified Kneser-Ney trigram")):
-        fitted = KneserNey(train.tokens, train.offsets, model.cfg.vocab_size, order=order)
+        fitted = KneserNey(train.tokens, train.offsets, model.tokenizer.vocab_size, order=order)
         loss = fitted.nats_per_token(np.asarray(scored.tokens), scored.offsets)
         bits = loss * scored.n_targets / (math.log(2) * len(text))
         found.append({"name": name, "loss": loss, "bits_per_byte": bits})
@@ -97,13 +97,13 @@ def _baselines(model: "LanguageModel", corpus: "Corpus", texts: Sequence[str]) -
 
 def examine(args: Args) -> dict[str, Any]:
     """Everything that eval prints, as plain JSON values."""
+    from jaxllm.cli.convert import open_model
     from jaxllm.data.sources import load_documents
     from jaxllm.evaluate.text import score_documents
-    from jaxllm.generation.api import load
 
     corpus = load_documents(args.data)
     documents = _chosen(corpus, args.split, args.limit)
-    model = load(args.folder)
+    model = open_model(args.folder)
     started = time.perf_counter()
     score = score_documents(model, documents.texts, window=args.window, stride=args.stride)
     seconds = time.perf_counter() - started

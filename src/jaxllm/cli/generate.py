@@ -164,10 +164,10 @@ def _show_report(timings: dict[str, Any]) -> None:
 def run(args: Args) -> int:
     """Stream the completion, or print it as JSON."""
     prompt = read_prompt(args)
-    from jaxllm.generation.api import load
+    from jaxllm.cli.convert import open_model
 
     started = time.perf_counter()
-    model = load(args.folder)
+    model = open_model(args.folder)
     loaded = time.perf_counter() - started
     if model.tokenizer is None:
         raise UserError(
