@@ -177,7 +177,7 @@ def test_failed_save_is_reported(tmp_path, fresh, cfg, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, on_device(fresh), {"model": cfg.to_dict()})
     with pytest.raises(
-        CheckpointError, match="No space left on device.*newest complete checkpoint is step None"
+        CheckpointError, match=r"No space left on device.*newest complete checkpoint is step None"
     ):
         checkpoints.close()
 

@@ -62,7 +62,7 @@ def test_stopped_and_resumed_is_uninterrupted(tmp_path, cfg, optim):
     whole, _ = run(cfg, optim, steps=9)
     run(cfg, optim, steps=4, folder=tmp_path, files={"tokenizer.json": b"{}"})
     assert (tmp_path / "tokenizer.json").read_bytes() == b"{}"
-    with pytest.raises(ConfigError, match="resume=False.*step 4"):
+    with pytest.raises(ConfigError, match=r"resume=False.*step 4"):
         run(cfg, optim, steps=9, folder=tmp_path, resume=False)
     resumed, events = run(cfg, optim, steps=9, folder=tmp_path, save_every=2)
     assert events[0].resumed_from == 4
@@ -101,7 +101,7 @@ def test_skips_are_counted_and_too_many_end_the_run(cfg, optim):
     result, events = run(cfg, optim, TinyLoader(poison=frozenset({1, 3})), steps=5, max_consecutive_skips=2)
     assert [event.skipped for event in events if isinstance(event, StepEvent)] == [0, 1, 1, 2, 2]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
-    with pytest.raises(TrainingDiverged, match="2 steps in a row, up to step 4.*Lower lr=0.01"):
+    with pytest.raises(TrainingDiverged, match=r"2 steps in a row, up to step 4.*Lower lr=0.01"):
         run(cfg, optim, TinyLoader(poison=frozenset({2, 3})), steps=9, max_consecutive_skips=2)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig, positive, require
@@ -11,6 +11,7 @@ from jaxllm.train.step import StepSettings
 from parallel.mesh import MeshShape
 
 
+@runtime_checkable
 class Batches(Protocol):
     """What the trainer needs of :class:`jaxllm.data.loader.Loader`: batches without end, and a place to go on from."""
 

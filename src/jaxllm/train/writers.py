@@ -4,12 +4,13 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxllm.config import ConfigError
 from jaxllm.train.events import EvalEvent, Event, StepEvent
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Takes events; ``close`` flushes."""
 

@@ -1,0 +1,76 @@
+"""Memory estimates against exact sizes and the compiler's; FLOPs against a count by hand."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxllm.config import AttentionConfig
+from jaxllm.train.flops import forward_flops_per_token, measured_peak, training_flops_per_token
+from jaxllm.train.memory import estimate_training_memory
+from jaxllm.train.state import abstract_state
+from jaxllm.train.step import StepSettings, make_train_step
+from tests.train.tiny import tiny_batch, tiny_config
+
+
+def size_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_state_is_exact(cfg, optim):
+    memory = estimate_training_memory(cfg, 4, 16)
+    state = abstract_state(cfg, optim)
+    assert memory.parameters == memory.gradients == size_of(state.params)
+    assert memory.moments == size_of(state.opt_state) - 4  # Adam's count
+    assert memory.total == sum(memory.parts.values())
+    assert list(memory.parts.values()) == sorted(memory.parts.values(), reverse=True)
+
+
+def test_estimate_is_within_a_factor_of_the_compiler(optim):
+    cfg = tiny_config("*-*-", hidden_size=64)
+    batch = tiny_batch(8, 128)
+    compiled = make_train_step(cfg, optim).lower(abstract_state(cfg, optim), batch, None).compile()
+    memory = estimate_training_memory(cfg, 8, 128)
+    ours = memory.gradients + memory.activations + memory.logits
+    assert 1 / 3 < ours / compiled.memory_analysis().temp_size_in_bytes < 3
+
+
+def test_what_lowers_memory_lowers_the_estimate(cfg):
+    def total(batch=8, seq=64, devices=1, **settings):
+        return estimate_training_memory(cfg, batch, seq, devices, StepSettings(**settings)).total
+
+    assert total(remat="layer") < total(remat="dots") < total()
+    assert total(devices=4) < total() < total(batch=16)
+    assert total(loss_chunk=64) < total()
+    assert estimate_training_memory(
+        cfg, 8, 64, 1, StepSettings(accum_steps=4)
+    ).activations * 4 == pytest.approx(estimate_training_memory(cfg, 8, 64).activations, rel=1e-3)
+    with pytest.raises(ValueError, match="batch=6, seq=8, devices=4"):
+        estimate_training_memory(cfg, 6, 8, 4)
+
+
+def test_flops_by_hand():
+    cfg = tiny_config("*-", tie_embeddings=True)
+    projections = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16)
+    mlp, head = 2 * (2 * 16 * 24), 2 * 61 * 16
+    attention = 4 * 2 * 8 * (9 + 1) / 2
+    assert forward_flops_per_token(cfg, 9) == projections + mlp + head + attention
+    assert training_flops_per_token(cfg, 9) == 3 * forward_flops_per_token(cfg, 9)
+    untied = dataclasses.replace(cfg, tie_embeddings=False)
+    assert forward_flops_per_token(untied, 9) == forward_flops_per_token(cfg, 9)
+
+
+def test_a_window_bounds_what_attention_costs():
+    attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=4)
+    full, windowed = (forward_flops_per_token(tiny_config(p, attention=attention), 100) for p in ("*-", "W-"))
+    seen = sum(min(i + 1, 4) for i in range(100)) / 100
+    assert full - windowed == pytest.approx(4 * 2 * 8 * (50.5 - seen))
+
+
+def test_mamba_counts_its_scan():
+    small, large = (tiny_config("M"), 16), (tiny_config("M"), 4)
+    assert forward_flops_per_token(*small) - forward_flops_per_token(*large) == (8 - 4) * (16 + 8)
+
+
+def test_peak_is_a_rate():
+    assert measured_peak("float32", size=64, repeats=2) > 1e6
