@@ -10,14 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxllm.batch import Leaf, PackedBatch
 from jaxllm.cache.state import Cache, zero_slots
 from jaxllm.config import ModelConfig
+from jaxllm.generation.compiler import decode_options
 from jaxllm.generation.sampling import Features, Sampled, SamplingState, advance, sample
 from jaxllm.model import functional
 from jaxllm.model.functional import Params
+
+
+HostOrDevice = np.ndarray | Array
 
 
 @jax.tree_util.register_dataclass
@@ -148,13 +153,21 @@ def _merge_rows(
 
 _admit_jit = jax.jit(_admit, donate_argnums=(0, 1))
 _prefill_jit = jax.jit(_prefill, static_argnames=("cfg", "features", "bound"), donate_argnums=(2, 3))
-_decode_jit = jax.jit(
-    _decode_step, static_argnames=("cfg", "features", "rows", "bound", "k"), donate_argnums=(1, 2)
-)
+
+
+@functools.cache
+def _decode_jit() -> Any:
+    # Built at the first call: its options need the backend, which importing must not start.
+    return jax.jit(
+        _decode_step,
+        static_argnames=("cfg", "features", "rows", "bound", "k"),
+        donate_argnums=(1, 2),
+        compiler_options=decode_options(),
+    )
 
 
 def admit(
-    cache: Cache, sampling: SamplingState, slots: Int[Array, " B"], rows: SamplingState
+    cache: Cache, sampling: SamplingState, slots: Int[HostOrDevice, " B"], rows: SamplingState
 ) -> tuple[Cache, SamplingState]:
     """Open ``slots`` (-1: none) for new requests: recurrent state zeroed, sampling parameters from ``rows``.
 
@@ -168,7 +181,7 @@ def prefill(
     batch: PackedBatch,
     cache: Cache,
     sampling: SamplingState,
-    final: Bool[Array, " B"],
+    final: Bool[HostOrDevice, " B"],
     *,
     cfg: ModelConfig,
     features: Features,
@@ -223,11 +236,12 @@ def decode_step(
         k steps of ``rows`` rows (token -1 where a row was not live or the step was not taken), cache, sampling.
     """
     taken = k if steps is None else min(steps, k)
-    return _decode_jit(
+    return _decode_jit()(
         params, cache, sampling, taken, least_live, cfg=cfg, features=features, rows=rows, bound=bound, k=k
     )
 
 
 def compiled_programs() -> int:
     """Programs compiled so far by the three steps; constant while buckets repeat."""
-    return sum(f._cache_size() for f in (_admit_jit, _prefill_jit, _decode_jit))
+    steps: tuple[Any, ...] = (_admit_jit, _prefill_jit, _decode_jit())
+    return sum(step._cache_size() for step in steps)
