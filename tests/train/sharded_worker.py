@@ -15,7 +15,7 @@ mesh = make_mesh(MeshShape(data=4, fsdp=2))
 assert mesh.shape["data"] == 4 and mesh.shape["fsdp"] == 2 and mesh.size == 8
 assert batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
 
-cfg, optim = tiny_config("M-"), constant_lr()
+cfg, optim = tiny_config("*-"), constant_lr()
 
 
 def losses(shape, rows=16, accum_steps=1):

@@ -60,7 +60,7 @@ class TinyLoader:
     def __next__(self) -> PackedBatch:
         batch = tiny_batch(self.rows, self.length, seed=self.step)
         if self.step in self.poison:
-            batch = batch.replace(loss_mask=batch.loss_mask * np.float32("inf"))
+            batch = batch.replace(loss_mask=np.where(batch.loss_mask > 0, np.inf, 0).astype(np.float32))
         self.step += 1
         return batch
 

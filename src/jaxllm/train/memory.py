@@ -48,8 +48,8 @@ class TrainingMemory:
 class _Tokenwise:
     """Values per token that one sub-block leaves for backward: all of them, and the matrix products only."""
 
-    everything: float = 0.0
-    products: float = 0.0
+    everything: int = 0
+    products: int = 0
 
 
 def _sub_block(cfg: ModelConfig, letter: str, seq_len: int) -> _Tokenwise:
@@ -60,7 +60,7 @@ def _sub_block(cfg: ModelConfig, letter: str, seq_len: int) -> _Tokenwise:
         chunk = min(m.chunk_size, 64, seq_len)
         projected = m.inner_size + m.conv_size + m.num_heads
         # Decay and masked score matrices of a chunk: three of [Q, Q] per head; states before each chunk.
-        scan = 3 * chunk * m.num_heads + m.inner_size * m.state_size / chunk
+        scan = 3 * chunk * m.num_heads + m.inner_size * m.state_size // chunk
         everything = 2 * width + projected + 2 * m.conv_size + 3 * m.inner_size + scan
         return _Tokenwise(everything, projected + m.inner_size + chunk * m.n_groups + width)
     if letter == "-":
