@@ -1,0 +1,77 @@
+"""The other implementation: transformers on torch, imported only here."""
+
+import copy
+from typing import Any
+
+import numpy as np
+from hf_cases import CASES, prompt, weight
+from hf_parity import Expected
+
+NEW_TOKENS = 48
+
+
+def build(config: dict[str, Any], seed: int = 0, dtype: str = "float32") -> Any:
+    """A transformers model whose every tensor is :func:`hf_cases.weight`, with no clamp of dt."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    config = copy.deepcopy(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weight(disk_name(model, name), tuple(parameter.shape), seed)))
+    unclamp(model)
+    return model.to(getattr(torch, dtype))
+
+
+def disk_name(model: Any, name: str) -> str:
+    """The name that save_pretrained writes."""
+    hybrid = type(model).__name__ == "NemotronHForCausalLM"
+    return name.replace("model.", "backbone.", 1) if hybrid and name.startswith("model.") else name
+
+
+def shapes(model: Any) -> dict[str, list[int]]:
+    """Disk name to shape, without the tied head."""
+    return {disk_name(model, name): list(p.shape) for name, p in model.named_parameters()}
+
+
+def unclamp(model: Any) -> None:
+    """transformers clamps dt of Nemotron-H from below in prefill, which no trained checkpoint means."""
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+
+
+def expect(model: Any, tokens: np.ndarray, prefix: int = 19, new_tokens: int = NEW_TOKENS) -> Expected:
+    """Prefill, cached decode from ``prefix`` and a greedy continuation of the first row."""
+    import torch
+
+    # Mamba-2 has its own name for the cache.
+    key = "cache_params" if type(model).__name__ == "Mamba2ForCausalLM" else "past_key_values"
+
+    def call(ids: Any, cache: Any = None) -> Any:
+        out = model(torch.as_tensor(ids), use_cache=True, **({} if cache is None else {key: cache}))
+        return out.logits[:, -1].float().numpy(), getattr(out, key)
+
+    with torch.no_grad():
+        full = model(torch.as_tensor(tokens), use_cache=False).logits.float().numpy()
+        _, cache = call(tokens[:, :prefix])
+        cached = []
+        for t in range(prefix, tokens.shape[1]):
+            logits, cache = call(tokens[:, t : t + 1], cache)
+            cached.append(logits)
+        logits, cache = call(tokens[:1])
+        greedy, gaps = [], []
+        for _ in range(new_tokens):
+            low, high = np.sort(logits[0])[-2:]
+            gaps.append(high - low)
+            greedy.append(int(logits[0].argmax()))
+            logits, cache = call(np.array([[greedy[-1]]]), cache)
+    return Expected(tokens, full, np.array(greedy), np.array(gaps, np.float32), np.stack(cached, 1), prefix)
+
+
+def expect_case(name: str, seed: int = 0) -> tuple[Any, Expected]:
+    """(transformers model, what it computes) of a case."""
+    model = build(CASES[name], seed)
+    return model, expect(model, prompt(seed))
