@@ -13,9 +13,10 @@ from rich.console import Console
 from jaxllm.cli import overrides
 from jaxllm.cli.errors import UserError
 from jaxllm.cli.loss_curve import bits_per_nat, draw
+from jaxllm.cli.precision import precision_for
 from jaxllm.cli.quickstart import Args, report
 from jaxllm.cli.quickstart.baselines import Baseline, measure_baselines, seen_documents
-from jaxllm.cli.quickstart.settings import CPU, for_backend, override, precision_for
+from jaxllm.cli.quickstart.settings import CPU, for_backend, override
 from jaxllm.cli.training_display import Figures, TrainingDisplay, sparkline
 from jaxllm.config import ConfigError
 from jaxllm.data.corpus import Corpus, Document, Documents

@@ -30,7 +30,8 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def explain(error: BaseException) -> list[str] | None:
     """Lines to show for a user's mistake; None for anything else, which keeps its traceback."""
     if isinstance(error, UserError):
-        lines = [f"{error.argument}: got {error.given!r}", f"Allowed: {error.allowed}"]
+        given = "missing" if error.given is None else f"got {error.given!r}"
+        lines = [f"{error.argument}: {given}", f"Allowed: {error.allowed}"]
         return lines + ([error.hint] if error.hint else [])
     if isinstance(error, OSError) and error.filename is not None and isinstance(error, _PATH_ERRORS):
         return [

@@ -47,7 +47,7 @@ def draw(
     axes.set(title=title, xlabel="tokens seen", ylabel="nats per token")
     axes.grid(alpha=0.25)
     if train or validation or lines:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
     if bits_per_nat:
         second = axes.secondary_yaxis("right", functions=_scales(bits_per_nat))
         second.set_ylabel("bits per byte")

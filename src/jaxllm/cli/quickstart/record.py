@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jaxllm.cli import field_types
 from jaxllm.cli.errors import UserError
 from jaxllm.cli.quickstart.settings import Settings
 from jaxllm.config import ConfigError, ModelConfig, decode
@@ -59,7 +60,7 @@ class Record:
             )
         try:
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            record = decode(cls, content)
+            record = decode(cls, field_types.checked(cls, content))
         except (ValueError, ConfigError) as error:
             raise UserError("--out", str(folder), f"the folder of a run ({file}: {error})") from None
         return record if minutes is None else replace(record, minutes=minutes)

@@ -17,11 +17,12 @@ from jaxllm.cli.doctor import show_advice
 from jaxllm.cli.errors import UserError
 from jaxllm.cli.loss_curve import draw
 from jaxllm.cli.model_parts import parameter_count
+from jaxllm.cli.precision import device_precision
 from jaxllm.cli.quickstart import Args, report
 from jaxllm.cli.quickstart.baselines import Baseline, measure_baselines, seen_documents
 from jaxllm.cli.quickstart.completion import Completion, complete
 from jaxllm.cli.quickstart.record import Record, choose_folder
-from jaxllm.cli.quickstart.settings import for_backend, override, precision_for
+from jaxllm.cli.quickstart.settings import for_backend, override
 from jaxllm.cli.training_display import TrainingDisplay
 from jaxllm.cli.training_events import Watcher
 from jaxllm.cli.validation import Validation
@@ -143,9 +144,7 @@ class Session:
     def _model(self, data: PreparedData) -> ModelConfig:
         record, settings = self.record, self.record.settings
         assert record.model is not None
-        precision = precision_for(
-            settings.matmul, self.backend, machine.has_bfloat16_products(), _capability()
-        )
+        precision = device_precision(settings.matmul)
         cfg = record.model.replace(vocab_size=-(-data.tokenizer.vocab_size // 64) * 64, precision=precision)
         # Asked now, so that a model without a Hugging Face form does not train first and fail at its export.
         hf.choose_family(cfg)
@@ -350,9 +349,3 @@ class Session:
             bits_per_nat=outcome.bits_per_nat,
             lines={b.label: b.bits_per_byte / outcome.bits_per_nat for b in baselines},
         )
-
-
-def _capability() -> float | None:
-    """Compute capability of an NVIDIA GPU; None for other devices."""
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return float(capability) if capability else None

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jaxllm.cli import overrides
+from jaxllm.cli import field_types, overrides
 from jaxllm.cli.errors import UserError
-from jaxllm.config import ModelConfig, Precision, decode, positive, require
+from jaxllm.config import ModelConfig, decode, positive, require
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,5 @@ def override(
     fields: Any = wanted.pop("model")
     if not isinstance(fields, dict):
         raise UserError("--set model", fields, "model.FIELD=VALUE", "--preset chooses another model.")
+    wanted, fields = field_types.checked(Settings, wanted), field_types.checked(ModelConfig, fields, "model.")
     return decode(Settings, wanted), decode(ModelConfig, fields, "model.")
-
-
-def precision_for(
-    matmul: str, backend: str, bfloat16_products: bool, capability: float | None = None
-) -> Precision:
-    """The dtypes of a run.
-
-    Args:
-        matmul: as in :class:`Settings`.
-        backend: ``jax.default_backend()``.
-        bfloat16_products: whether the CPU multiplies bfloat16 in hardware.
-        capability: compute capability of an NVIDIA GPU; bfloat16 needs 8.0, which a T4 (7.5) has not.
-    """
-    fast = bfloat16_products if backend == "cpu" else capability is None or capability >= 8.0
-    chosen = matmul if matmul != "auto" else "bfloat16" if fast else "compute"
-    return Precision(matmul="bfloat16" if chosen == "bfloat16" else "compute")

@@ -1,0 +1,100 @@
+"""``jaxllm train``: a training run from a YAML file."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from jaxllm.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxllm.cli.train_run import TrainRun
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train from a YAML file; a run folder's run.yaml goes on with it under --resume.
+
+    Attributes:
+        config: the YAML file; see --example.
+        set: changes of its fields, as NAME=VALUE: --set optim.lr=3e-4 trainer.steps=500.
+        out: the run's folder, instead of the file's.
+        resume: go on from the newest checkpoint in the run's folder.
+        profile: FROM:TO, steps to trace with jax.profiler, into the run's folder.
+        debug_nans: stop at the first operation that makes a NaN; slow.
+        example: print a file to start from, and nothing else.
+    """
+
+    config: Positional[Path | None] = None
+    set: tuple[str, ...] = ()
+    out: Path | None = None
+    resume: bool = False
+    profile: str | None = None
+    debug_nans: bool = False
+    example: bool = False
+
+
+def parse_profile(text: str) -> tuple[int, int]:
+    """FROM:TO as two steps.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(
+            "--profile", text, "FROM:TO, two steps with FROM below TO", "For example: --profile 10:15"
+        )
+    return int(first), int(last)
+
+
+def configure(args: Args) -> "TrainRun":
+    """The run that the arguments describe.
+
+    Raises:
+        UserError, ConfigError: something in them or in the file cannot be used.
+    """
+    profile = None if args.profile is None else parse_profile(args.profile)
+    if args.config is None:
+        raise UserError(
+            "config", None, "a YAML file", "`jaxllm train --example > run.yaml` writes one to start from."
+        )
+    from jaxllm.cli.train_run import read
+
+    run = read(args.config, args.set)
+    trainer = replace(
+        run.trainer,
+        profile=profile or run.trainer.profile,
+        debug_nans=args.debug_nans or run.trainer.debug_nans,
+    )
+    run = replace(run, trainer=trainer, out=args.out or run.out)
+    saved = (run.out / "checkpoints").is_dir()
+    if saved and not args.resume:
+        raise UserError(
+            "out",
+            str(run.out),
+            "a folder without checkpoints",
+            "Add --resume to go on with that run, or give another --out.",
+        )
+    if args.resume and not saved:
+        raise UserError(
+            "--resume",
+            str(run.out),
+            "a run folder with checkpoints",
+            "There are none; leave --resume out to start.",
+        )
+    return run
+
+
+def run(args: Args) -> int:
+    """Train; the exit code is 130 after Ctrl-C, which saves first."""
+    if args.example:
+        from jaxllm.cli.train_run import example
+
+        print(example(), end="")
+        return 0
+    configured = configure(args)
+    from jaxllm.cli.train_session import train
+
+    return train(configured)
