@@ -1,7 +1,7 @@
-"""A short training run in a process of its own: ``kill_worker.py FOLDER STEPS KILL_STEP DELAY [term]``.
+"""A short training run in a process of its own: ``kill_worker.py FOLDER STEPS COUNT DELAY [term]``.
 
-KILL_STEP -1 trains to the end and prints the hash of the final state; else the process gets SIGKILL (or SIGTERM)
-DELAY seconds after that step was reported.
+COUNT 0 trains to the end and prints the hash of the final state; else the process gets SIGKILL (or SIGTERM) DELAY
+seconds after it has reported COUNT steps.
 """
 
 import hashlib
@@ -21,11 +21,15 @@ from tests.train.tiny import TinyLoader, constant_lr, tiny_config
 
 
 def main() -> None:
-    folder, steps, kill_step, delay = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    folder, steps, count, delay = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
     number = signal.SIGTERM if "term" in sys.argv else signal.SIGKILL
 
+    reported = []
+
     def watch(event) -> None:
-        if isinstance(event, StepEvent) and event.step == kill_step:
+        if isinstance(event, StepEvent):
+            reported.append(event.step)
+        if isinstance(event, StepEvent) and len(reported) == count:
             threading.Timer(delay, os.kill, (os.getpid(), number)).start()
 
     cfg, optim = tiny_config("M-"), constant_lr()

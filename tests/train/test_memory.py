@@ -36,6 +36,9 @@ def test_estimate_is_within_a_factor_of_the_compiler(optim):
 
 
 def test_what_lowers_memory_lowers_the_estimate(cfg):
+    # Deep enough that what is recomputed for one layer is less than what the others keep.
+    cfg = cfg.replace(pattern="*-*-*-")
+
     def total(batch=8, seq=64, devices=1, **settings):
         return estimate_training_memory(cfg, batch, seq, devices, StepSettings(**settings)).total
 
