@@ -1,0 +1,167 @@
+"""Tables of README.md and docs/ from the JSON in experiments/results/; no figure is typed by hand.
+
+Command: ``python experiments/render_tables.py`` (``--check`` changes nothing and exits with 1 where a table is stale).
+A table stands between ``<!-- table: KIND FILE -->`` and ``<!-- end of table -->``; FILE is under experiments/results/.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+TABLE = re.compile(r"(<!-- table: (\w+) ([\w.-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+class TableError(ValueError):
+    """A table that cannot be made: an unknown kind, or a file without what the kind needs."""
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], right: Iterable[int] = ()) -> str:
+    """A Markdown table; the columns in ``right`` hold numbers."""
+    header, right = list(header), set(right)
+    rule = ["---:" if index in right else "---" for index in range(len(header))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *map(list, rows)])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with separators, or a dash where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def quickstart(data: dict[str, Any]) -> str:
+    """What ``jaxllm quickstart`` wrote as figures.json."""
+    f, machine, versions = data["figures"], data["machine"], data["versions"]
+    rivals = [
+        ("gzip -9", "gzip"),
+        ("xz -9", "xz"),
+        ("Kneser-Ney bigram, same tokens", "bigram"),
+        ("modified Kneser-Ney trigram, same tokens", "trigram"),
+    ]
+    rows = [("**this model after training**", f"**{number(f['bits_per_byte_after'])}**", "")]
+    rows.append(("the model before training", number(f["bits_per_byte_before"]), ""))
+    for label, key in rivals:
+        if f"{key}_bits_per_byte" in f:
+            rows.append((label, number(f[f"{key}_bits_per_byte"]), "yes" if data[f"beats_{key}"] else "no"))
+    rows.sort(key=lambda row: float(row[1].strip("*")))
+    text = markdown(["on the validation text", "bits per byte", "beaten"], rows, right=[1])
+    speed = [
+        ("parameters", number(f["parameters"], 0)),
+        ("training time", f"{f['train_seconds'] / 60:.1f} min, {number(f['steps'], 0)} steps"),
+        (
+            "tokens trained on",
+            f"{number(f['train_tokens'], 0)}, {number(f['unique_tokens'], 0)} of them unique",
+        ),
+        ("compilation, beside the training time", f"{f['compile_seconds']:.1f} s"),
+        ("training speed", f"{number(f['tokens_per_second'], 0)} tokens/s"),
+    ]
+    if f.get("first_token_seconds") is not None:
+        speed.append(("prompt to first token", f"{f['first_token_seconds'] * 1e3:.1f} ms"))
+    if f.get("decode_tokens_per_second") is not None:
+        speed.append(("decoding, one sequence", f"{number(f['decode_tokens_per_second'], 0)} tokens/s"))
+    corpus = data["inputs"]["corpus"]
+    where = f"{machine['cpu']}, {machine['cores']} cores; Python {versions['python']}, JAX {versions['jax']}; {corpus['name']}"
+    return f"{text}\n{markdown(['measured', ''], speed, right=[1])}\nMeasured on: {where}.\n"
+
+
+def benchmark(data: dict[str, Any]) -> str:
+    """What bench/train_generate.py wrote: figures against peers, losses included."""
+    lines = []
+    for line in data["comparisons"]:
+        share = "-" if line["bound_share"] is None else f"{line['bound_share']:.0%}"
+        peer = line["peer"] or f"{line['peer_library']}: none"
+        lines.append(
+            (
+                line["model"],
+                line["task"],
+                "float32" if line["group"] == "fp32" else "best precision",
+                number(line["tokens_per_second"], 0),
+                peer,
+                number(line["peer_tokens_per_second"], 0),
+                number(line["ratio"], 2),
+                share,
+                line["verdict"],
+            )
+        )
+    header = (
+        "model",
+        "task",
+        "compared in",
+        "jaxllm tokens/s",
+        "peer",
+        "its tokens/s",
+        "ratio",
+        "share of bound",
+        "verdict",
+    )
+    text = markdown(header, lines, right=[3, 5, 6, 7])
+    missing = "".join(f" {name} was not measured: {reason}." for name, reason in data["missing"].items())
+    threads = data["inputs"]["threads"]
+    return f"{text}\nMeasured on: {data['device']['cpu']}, {threads} threads; medians of interleaved runs.{missing}\n"
+
+
+def kernels(data: dict[str, Any]) -> str:
+    """What bench/kernels.py wrote."""
+    names = ("forward_tokens_per_s", "forward_backward_tokens_per_s", "forward_bound_tokens_per_s")
+    lines = [(r["case"], r["operands"], *(number(r[name], 0) for name in names)) for r in data["results"]]
+    header = ("case", "operands", "forward tokens/s", "forward and backward", "matmul bound of forward")
+    return f"{markdown(header, lines, right=[2, 3, 4])}\nMeasured on: {data['device']}, JAX {data['jax']}.\n"
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quickstart": quickstart,
+    "benchmark": benchmark,
+    "kernels": kernels,
+}
+
+
+def render(kind: str, file: Path) -> str:
+    """The text of one table; says so where nothing was measured yet.
+
+    Raises:
+        TableError: as the class says.
+    """
+    if kind not in KINDS:
+        raise TableError(f"table kind {kind!r}: known are {', '.join(sorted(KINDS))}")
+    if not file.is_file():
+        return "Not measured yet.\n"
+    try:
+        return KINDS[kind](json.loads(file.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TableError(
+            f"{file.name}: is no result of kind {kind!r} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def refreshed(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every table made anew."""
+    return TABLE.sub(lambda m: f"{m[1]}{render(m[2], results / m[3])}{m[5]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Refresh or check the pages; the exit code is 1 if ``--check`` found a stale one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 where a table is stale"
+    )
+    check = parser.parse_args(argv).check
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        before = page.read_text(encoding="utf-8")
+        after = refreshed(before)
+        if after != before:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    print(
+        f"{'stale' if check else 'refreshed'}: {', '.join(stale)}" if stale else "all tables are up to date"
+    )
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
