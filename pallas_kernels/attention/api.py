@@ -89,7 +89,8 @@ def attention(
         scale: factor of the scores; None: ``d ** -0.5``.
         kv_layout: "BTKD" (fresh keys) or "BKTD" (cache pools: each head's keys contiguous).
         operand_dtype: dtype to which the operands and cotangents of both matmuls are rounded (sums and softmax
-            are float32); None: as given, promoted. One-token calls read k and v as they are.
+            are float32); None: that of k. One-token calls always take that of k, so that the cache is read as it
+            is.
         return_lse: also return the float32 logarithm of each row's sum of exponentials, for merging.
         implementation: "auto", "xla" or "reference".
 

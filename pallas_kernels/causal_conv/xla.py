@@ -19,7 +19,7 @@ def _activate(y, activation):
 def _shifted_sum(padded, weight, bias, ids, T):
     """bias + sum_j weight[j] padded[:, j:j+T], each tap kept within its document; float32."""
     k = weight.shape[0]
-    y = 0 if bias is None else bias
+    y = jnp.zeros(weight.shape[1:]) if bias is None else bias
     past = None if ids is None else jnp.pad(ids, ((0, 0), (k - 1, 0)))
     for j in range(k):
         tap = weight[j] * padded[:, j : j + T].astype(jnp.float32)

@@ -1,5 +1,7 @@
 """SSD as batched matmuls inside chunks and a short scan over chunk states (arXiv 2405.21060, section 6)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,13 +23,16 @@ def _one_token(x, dt, A, B, C, D, state):
     rows, _, H, P = x.shape
     G, N = B.shape[2:]
     x, dt, B, C = (v[:, 0].astype(jnp.float32) for v in (x, dt, B, C))
-    write = (dt[..., None] * x).reshape(rows, G, -1, P, 1) * B[:, :, None, None, :]
+    decay, xb = jnp.exp(dt * A), dt[..., None] * x
+    # Kept apart: fused into the update, the exponential would be taken once per element of the state.
+    decay, xb = jax.lax.optimization_barrier((decay, xb))
+    new = xb[..., None] * jnp.repeat(B, H // G, axis=1)[:, :, None, :]
     if state is not None:
-        decay = jnp.exp(dt * A).reshape(rows, G, -1, 1, 1)
-        write = write + decay * state.astype(jnp.float32).reshape(rows, G, -1, P, N)
-    y = jnp.sum(write * C[:, :, None, None, :], axis=-1).reshape(rows, H, P)
+        new = decay[..., None, None] * state.astype(jnp.float32) + new
+    by_group = new.reshape(rows, G, -1, N)
+    y = jnp.einsum("bgmn,bgn->bgm", by_group, C, precision="highest").reshape(rows, H, P)
     y = y if D is None else y + D[:, None] * x
-    return y[:, None], write.reshape(rows, H, P, N)
+    return y[:, None], new
 
 
 def _chunked(x, dt, A, B, C, ids, start, aligned, Q, dtype):
@@ -37,14 +42,17 @@ def _chunked(x, dt, A, B, C, ids, start, aligned, Q, dtype):
 
     def chunks(v, mode="constant"):
         v = jnp.pad(v, ((0, 0), (0, nc * Q - T), *[(0, 0)] * (v.ndim - 2)), mode=mode)
-        return v.reshape(rows, nc, Q, *v.shape[2:]).swapaxes(0, 1)
+        return v.reshape(rows, nc, Q, *v.shape[2:])
 
     x, dt, B, C = (chunks(v.astype(jnp.float32)) for v in (x, dt, B, C))
     ids = None if ids is None else chunks(ids, "edge")
-    B, C = B.swapaxes(2, 3), C.swapaxes(2, 3)
+    # With one group a reshape: a transpose, even of a single group, would leave XLA:CPU's bfloat16 path.
+    one = B.shape[3] == 1
+    B, C = (v.reshape(rows, nc, 1, Q, -1) if one else v.swapaxes(2, 3) for v in (B, C))
     dtype = jnp.dtype(dtype or jnp.float32)
-    y, final = chunked_ssd(dt[..., None] * x, dt * A, B, C, start, ids, aligned, dtype)
-    return y.swapaxes(0, 1).reshape(rows, nc * Q, H, P)[:, :T], final
+    outputs: Any = chunked_ssd(dt[..., None] * x, dt * A, B, C, start, ids, aligned, dtype)
+    y, final = outputs
+    return y.reshape(rows, nc * Q, H, P)[:, :T], final
 
 
 @jax.custom_vjp
@@ -89,14 +97,14 @@ def _aligned(x, dt, A, B, C, segment_ids, states, Q, dtype):
     offset = jnp.arange(nc * Q) - Q * jnp.repeat(of_document(opening, document), Q, axis=1)
     inside = offset < jnp.repeat(of_document(length, document), Q, axis=1)
     source = jnp.where(inside, offset + jnp.repeat(of_document(first, document), Q, axis=1), -1)
-    moved = [_move(v, source, target) for v in (x, dt, B, C)]
+    x, dt, B, C = (_move(v, source, target) for v in (x, dt, B, C))
     occurs = of_document(length, document) > 0
     aligned = Aligned(
-        document=document.T,
-        opens=(occurs & (chunk == of_document(opening, document))).T,
-        closes=(occurs & (chunk == of_document(ends, document) - 1)).T,
+        document=document,
+        opens=occurs & (chunk == of_document(opening, document)),
+        closes=occurs & (chunk == of_document(ends, document) - 1),
     )
-    y, final = _chunked(moved[0], moved[1], A, moved[2], moved[3], None, states, aligned, Q, dtype)
+    y, final = _chunked(x, dt, A, B, C, None, states, aligned, Q, dtype)
     return _move(y, target, source), final
 
 
