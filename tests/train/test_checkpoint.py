@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ConfigError, Precision
-from jaxllm.train.checkpoint import CheckpointError, Checkpoints, check_model, flatten_named
+from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.seal import write_atomically
 from jaxllm.train.state import abstract_state, init_state
+from jaxllm.train.stored import CheckpointError, check_model, flatten_named
 from tests.train.tiny import assert_identical, constant_lr, tiny_config
 
 

@@ -16,8 +16,9 @@ from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.memory import OutOfMemory
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.plots import loss_curve
+from jaxllm.train.report import TrainingDiverged
 from jaxllm.train.settings import TrainSettings
-from jaxllm.train.trainer import TrainingDiverged, fit
+from jaxllm.train.trainer import fit
 from jaxllm.train.writers import read_jsonl
 from tests.train.tiny import TinyLoader, assert_identical
 

@@ -6,28 +6,29 @@
 """
 
 import importlib.metadata
-import json
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxllm.config import ConfigError, ModelConfig
+from jaxllm.config import ModelConfig
 from jaxllm.model.functional import Params, abstract_params, flatten
 from jaxllm.train.seal import damage, seal
 from jaxllm.train.state import TrainState, master_config
+from jaxllm.train.stored import (
+    CheckpointError,
+    check_model,
+    check_names,
+    flatten_named,
+    read_arrays,
+    read_meta,
+)
 
 PARAMS = "params."
-
-
-class CheckpointError(RuntimeError):
-    """No checkpoint can be used, or one cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -50,85 +51,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _leaves(item, f"{path}{key}.").items()}
-    return {path.removesuffix("."): value}
-
-
-def check_model(saved: dict[str, Any], cfg: ModelConfig) -> None:
-    """Raise ConfigError, naming every differing field, unless ``saved`` is the configuration ``cfg``.
-
-    Compute precision may differ: it changes rounding, not what the parameters mean.
-    """
-    before, now = _leaves(saved), _leaves(cfg.to_dict())
-    names = [n for n in {**before, **now} if not n.startswith("precision.")]
-    missing = object()
-    differing = [n for n in names if before.get(n, missing) != now.get(n, missing)]
-    if differing:
-        listed = "; ".join(
-            f"{n} was {before.get(n, 'not there')!r}, is {now.get(n, 'not there')!r}" for n in differing
-        )
-        raise ConfigError(
-            f"the checkpoint is of another model: {listed}. Resume with the configuration of the first run, "
-            "or train in a new folder."
-        )
-
-
-def flatten_named(tree: Any) -> dict[str, Any]:
-    """As :func:`jaxllm.model.functional.flatten`, also through dataclasses and named tuples."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(_key(k) for k in path): leaf for path, leaf in flat}
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
-
-
 def _steps_under(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax logs, as warnings, that a part of a checkpoint was opened by itself; here that is intended."""
-    from absl import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _read(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
-    """The leaves that ``target`` names, of one saved step; others are not read."""
-    import orbax.checkpoint as ocp
-
-    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or single
-        )
-
-    item = {name: placed(leaf) for name, leaf in target.items()}
-    args = ocp.checkpoint_utils.construct_restore_args(item)
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
-        )
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta" / "metadata").read_text())
 
 
 class Checkpoints:
@@ -292,12 +218,12 @@ class Checkpoints:
                 )
             return None
         folder = self._steps / str(step)
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         if cfg is not None:
             check_model(meta["model"], cfg)
         names = flatten_named(target)
-        _check_names(folder, names)
-        leaves = _read(folder, names)
+        check_names(folder, names)
+        leaves = read_arrays(folder, names)
         treedef = jax.tree_util.tree_structure(target)
         return Restored(step, jax.tree_util.tree_unflatten(treedef, [leaves[name] for name in names]), meta)
 
@@ -312,10 +238,10 @@ class Checkpoints:
             raise CheckpointError(
                 f"no usable checkpoint in {self._steps}; train first, or give the folder of a run"
             )
-        meta = _read_meta(self._steps / str(step))
+        meta = read_meta(self._steps / str(step))
         cfg = ModelConfig.from_dict(meta["model"])
         target = abstract_params(master_config(cfg))
-        leaves = _read(
+        leaves = read_arrays(
             self._steps / str(step), {PARAMS + name: leaf for name, leaf in flatten(target).items()}
         )
         treedef = jax.tree_util.tree_structure(target)
@@ -323,19 +249,3 @@ class Checkpoints:
         # Masters are float32; some parameters stay so whatever the precision.
         params = jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params(cfg))
         return cfg, params, meta
-
-
-def _check_names(folder: Path, target: dict[str, Any]) -> None:
-    import orbax.checkpoint as ocp
-
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        metadata = reader.metadata(folder / "state").item_metadata
-    saved = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
-    wanted = {name: tuple(leaf.shape) for name, leaf in target.items()}
-    wrong = [n for n in {**saved, **wanted} if saved.get(n) != wanted.get(n)]
-    if wrong:
-        listed = "; ".join(f"{n}: saved {saved.get(n)}, expected {wanted.get(n)}" for n in wrong[:5])
-        raise CheckpointError(
-            f"{folder} does not fit this run ({len(wrong)} arrays differ: {listed}). Use the model and optimiser "
-            "settings of the first run (weight_decay=0 and >0 keep different state)."
-        )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,15 +15,15 @@ from jaxllm.config import ConfigError, ModelConfig, require
 from jaxllm.model.functional import Params, flatten
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.clock import Clock
-from jaxllm.train.events import Callback, CompileEvent, EvalEvent, Event, SaveEvent, StepEvent
-from jaxllm.train.flops import measured_peak, training_flops_per_token
+from jaxllm.train.events import Callback, CompileEvent, EvalEvent, SaveEvent
 from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.memory import estimate_training_memory, is_out_of_memory, out_of_memory
 from jaxllm.train.optim import OptimConfig, learning_rate
+from jaxllm.train.report import Pending, Reporter
 from jaxllm.train.seal import write_atomically
 from jaxllm.train.settings import Batches, FitResult, TrainSettings
 from jaxllm.train.state import TrainPlan, TrainState, init_state, state_of
-from jaxllm.train.step import Metrics, make_train_step
+from jaxllm.train.step import make_train_step
 from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter
 from parallel.mesh import MeshShape, batch_sharding, make_mesh, replicated, row_shards
 
@@ -37,18 +37,8 @@ class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-class _Pending(NamedTuple):
-    """A step in flight: its number and the run's progress after it, its metrics on the device, and what the host has waited for it."""
-
-    step: int
-    metrics: Metrics
-    progress: float | None
-    data_seconds: float
-    dispatch_seconds: float
-
-
 class Trainer:
-    """One run. The loop keeps one step in flight: metrics of a step are read after the next has been enqueued."""
+    """One run: the state goes from step to step, the rest is here; see :class:`Reporter` for what is told of it."""
 
     def __init__(
         self,
@@ -79,23 +69,17 @@ class Trainer:
         self.cfg, self.optim, self.loader, self.settings = cfg, optim, loader, settings
         self.folder = None if folder is None else Path(folder)
         self.evaluate, self.resume, self.initial, self.files = evaluate, resume, params, files or {}
-        self.callbacks: list[Callback] = list(callbacks)
+        self.reporter = Reporter(cfg, settings, list(callbacks))
         shape = settings.mesh or MeshShape(data=jax.device_count())
         self.mesh = make_mesh(shape) if shape.size > 1 or settings.mesh is not None else None
-        self.step = self.tokens_seen = 0
-        self.clock = Clock()
+        self.step = 0
         self.values: dict[str, float] = {}
-        self.last: StepEvent | None = None
         self.checkpoints: Checkpoints | None = None
         self._compiled: Any = None
-        self._pending: _Pending | None = None
-        self._peak: float | None = None
-        self._shape = (0, 0)
         self._elapsed_before = self._evaluated_at = self._saved_at = 0.0
         self._saved_step: int | None = None
         self._evaluated_step: int | None = None
         self._resumed: int | None = None
-        self._tracing = False
 
     def run(self) -> FitResult:
         """Train to the end, or to a signal."""
@@ -103,7 +87,7 @@ class Trainer:
             request = stack.enter_context(StopRequest())
             if self.settings.debug_nans:
                 stack.enter_context(jax.debug_nans(True))
-            stack.callback(self._stop_trace)
+            stack.callback(self.reporter.stop_trace)
             state = self._start()
             if self.checkpoints is not None:
                 stack.enter_context(self.checkpoints)
@@ -118,14 +102,14 @@ class Trainer:
             if interrupted is None:
                 self._evaluate(state)
             self._save(state)
-        loss = None if self.last is None else self.last.loss
+        last = self.reporter.last
         return FitResult(
             self.cfg,
             state.params,
             self.step,
-            self.clock.elapsed,
-            self.tokens_seen,
-            loss,
+            self.reporter.clock.elapsed,
+            self.reporter.tokens_seen,
+            None if last is None else last.loss,
             self.values,
             interrupted,
             self.folder,
@@ -163,9 +147,9 @@ class Trainer:
             return None
         self.step = self._saved_step = self._resumed = found.step
         self.loader.restore(found.meta["loader"])
-        self.tokens_seen = found.meta["tokens_seen"]
+        self.reporter.tokens_seen = found.meta["tokens_seen"]
         self._elapsed_before = self._evaluated_at = self._saved_at = found.meta["elapsed"]
-        self.clock = Clock(self._elapsed_before)
+        self.reporter.clock = Clock(self._elapsed_before)
         return found.state
 
     def _open_writers(self, stack: ExitStack) -> None:
@@ -180,11 +164,11 @@ class Trainer:
             )
         for writer in writers:
             stack.callback(writer.close)
-        self.callbacks = [*writers, *self.callbacks]
+        self.reporter.callbacks[:0] = writers
 
     def _loop(self, state: TrainState, request: StopRequest) -> TrainState:
-        self.clock = Clock(self._elapsed_before)
-        with self.clock.paused():
+        self.reporter.clock = Clock(self._elapsed_before)
+        with self.reporter.clock.paused():
             if not self._over():
                 batch = self._next()
                 self._compile(state, batch)
@@ -195,23 +179,20 @@ class Trainer:
                 batch = self._next()
             batch_ready = False
             placed = time.perf_counter()
-            self._trace(self.step)
+            self.reporter.start_trace(self.step, str((self.folder or Path()) / "profile"))
             state, metrics = self._compiled(state, batch, self._plan())
             dispatched = time.perf_counter()
             self.step += 1
-            previous, self._pending = (
-                self._pending,
-                _Pending(self.step, metrics, self.progress, placed - begin, dispatched - placed),
+            self.reporter.enqueue(
+                Pending(self.step, metrics, self.progress, placed - begin, dispatched - placed)
             )
-            if previous is not None:
-                self._finish(previous)
             self._between(state)
-        self._flush()
+        self.reporter.flush()
         return state
 
     def _next(self) -> PackedBatch:
         batch = next(self.loader)
-        self._shape = batch.shape
+        self.reporter.shape = batch.shape
         if self.mesh is None:
             return jax.device_put(batch)
         sharding = batch_sharding(self.mesh)
@@ -231,14 +212,14 @@ class Trainer:
         # Compiled ahead, so that the clock starts at the first step; jax_debug_nans needs the traced function.
         self._compiled = step if debug else step.lower(state, batch, self._plan()).compile()
         count = sum(leaf.size for leaf in flatten(state.params).values())
-        self._emit(CompileEvent(time.perf_counter() - begin, count, self._resumed))
+        self.reporter.emit(CompileEvent(time.perf_counter() - begin, count, self._resumed))
 
     @property
     def progress(self) -> float | None:
         """Share of the run that is over, by the clock or by steps, whichever is further."""
         shares = []
         if self.settings.seconds is not None:
-            shares.append(self.clock.elapsed / self.settings.seconds)
+            shares.append(self.reporter.clock.elapsed / self.settings.seconds)
         if self.settings.steps is not None:
             shares.append(self.step / self.settings.steps)
         return min(1.0, max(shares)) if shares else None
@@ -253,110 +234,42 @@ class Trainer:
         return TrainPlan(lr=np.asarray(learning_rate(self.optim, self.step, self.progress)))
 
     def _between(self, state: TrainState) -> None:
-        settings, elapsed = self.settings, self.clock.elapsed
-        if self._peak is None and self._pending is not None and self._pending.step == PEAK_AFTER:
-            self._flush()
-            with self.clock.paused():
-                operand = self.cfg.precision.operand or self.cfg.precision.compute
-                self._peak = measured_peak(operand) * (self.mesh.size if self.mesh is not None else 1)
+        settings, elapsed = self.settings, self.reporter.clock.elapsed
+        self.reporter.measure_peak(self.step, 1 if self.mesh is None else self.mesh.size)
         if _due(self.step, settings.eval_every, elapsed - self._evaluated_at, settings.eval_seconds):
-            self._flush()
+            self.reporter.flush()
             self._evaluate(state)
         if _due(self.step, settings.save_every, elapsed - self._saved_at, settings.save_seconds):
             self._save(state)
 
-    def _flush(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._finish(pending)
-
-    def _finish(self, pending: _Pending) -> None:
-        """Wait for a step, count it, tell of it."""
-        begin = time.perf_counter()
-        metrics = jax.device_get(pending.metrics)
-        waited = time.perf_counter() - begin
-        self._stop_trace(pending.step)
-        self.tokens_seen += int(metrics.tokens)
-        positions = self._shape[0] * self._shape[1] * jax.process_count()
-        speed = self.clock.mark(positions)
-        mfu = None
-        if self._peak is not None:
-            mfu = speed * training_flops_per_token(self.cfg, self._shape[1]) / self._peak
-        stats = jax.local_devices()[0].memory_stats() or {}
-        names = ("loss", "z_loss", "accuracy", "grad_norm", "lr")
-        self.last = StepEvent(
-            step=pending.step,
-            **{name: float(getattr(metrics, name)) for name in names},
-            tokens=int(metrics.tokens),
-            skipped=int(metrics.skipped),
-            tokens_seen=self.tokens_seen,
-            elapsed=self.clock.elapsed,
-            progress=pending.progress,
-            tokens_per_second=speed,
-            mfu=mfu,
-            data_seconds=pending.data_seconds,
-            dispatch_seconds=pending.dispatch_seconds,
-            device_seconds=waited,
-            device_bytes=stats.get("bytes_in_use"),
-        )
-        if pending.step % self.settings.log_every == 0:
-            self._emit(self.last)
-        if int(metrics.consecutive_skips) >= self.settings.max_consecutive_skips:
-            raise TrainingDiverged(self._divergence(pending.step))
-
-    def _divergence(self, step: int) -> str:
-        saved = self.checkpoints.steps() if self.checkpoints is not None else []
-        place = f" The newest checkpoint is of step {saved[-1]}." if saved else ""
-        return (
-            f"the loss or the gradient was not finite for {self.settings.max_consecutive_skips} steps in a row, up to "
-            f"step {step}; these updates were left out, so the parameters are still finite. Lower lr="
-            f"{self.optim.lr:g} or clip_norm, lengthen the warm-up, or look for the operation with debug_nans.{place}"
-        )
-
     def _evaluate(self, state: TrainState) -> None:
         if self.evaluate is None or self._evaluated_step == self.step:
             return
-        with self.clock.paused():
+        with self.reporter.clock.paused():
             begin = time.perf_counter()
             self.values = self.evaluate(state.params, self.step)
             took = time.perf_counter() - begin
-        self._evaluated_at, self._evaluated_step = self.clock.elapsed, self.step
-        self._emit(EvalEvent(self.step, self._evaluated_at, self.values, took))
+        self._evaluated_at, self._evaluated_step = self.reporter.clock.elapsed, self.step
+        self.reporter.emit(EvalEvent(self.step, self._evaluated_at, self.values, took))
 
     def _save(self, state: TrainState) -> None:
         if self.checkpoints is None or self._saved_step == self.step:
             return
-        self._flush()
-        with self.clock.paused():
+        self.reporter.flush()
+        with self.reporter.clock.paused():
             meta = {
                 "model": self.cfg.to_dict(),
                 "optim": self.optim.to_dict(),
                 "loader": self.loader.state(),
-                "tokens_seen": self.tokens_seen,
-                "elapsed": self.clock.elapsed,
+                "tokens_seen": self.reporter.tokens_seen,
+                "elapsed": self.reporter.clock.elapsed,
             }
             self.checkpoints.save(self.step, state, meta)
-        self._saved_at, self._saved_step = self.clock.elapsed, self.step
-        self._emit(SaveEvent(self.step, self.checkpoints.folder))
-
-    def _trace(self, step: int) -> None:
-        if self.settings.profile is not None and step == self.settings.profile[0]:
-            self._flush()
-            jax.profiler.start_trace(str((self.folder or Path()) / "profile"))
-            self._tracing = True
-
-    def _stop_trace(self, step: int | None = None) -> None:
-        """Stop tracing once ``step`` steps are done; None: in any case."""
-        if self._tracing and (step is None or (self.settings.profile or (0, 0))[1] <= step):
-            jax.profiler.stop_trace()
-            self._tracing = False
-
-    def _emit(self, event: Event) -> None:
-        for callback in self.callbacks:
-            callback(event)
+        self._saved_at, self._saved_step = self.reporter.clock.elapsed, self.step
+        self.reporter.emit(SaveEvent(self.step, self.checkpoints.folder))
 
     def _memory(self) -> Any:
-        rows, length = self._shape
+        rows, length = self.reporter.shape
         shards = 1 if self.mesh is None else row_shards(self.mesh)
         return estimate_training_memory(
             self.cfg, rows * jax.process_count(), length, shards, self.settings.step

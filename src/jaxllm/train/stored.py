@@ -1,0 +1,106 @@
+"""One saved step on disk: its names, its metadata, its arrays."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.config import ConfigError, ModelConfig
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be used, or one cannot be written."""
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _leaves(item, f"{path}{key}.").items()}
+    return {path.removesuffix("."): value}
+
+
+def check_model(saved: dict[str, Any], cfg: ModelConfig) -> None:
+    """Raise ConfigError, naming every differing field, unless ``saved`` is the configuration ``cfg``.
+
+    Compute precision may differ: it changes rounding, not what the parameters mean.
+    """
+    before, now = _leaves(saved), _leaves(cfg.to_dict())
+    names = [n for n in {**before, **now} if not n.startswith("precision.")]
+    missing = object()
+    differing = [n for n in names if before.get(n, missing) != now.get(n, missing)]
+    if differing:
+        listed = "; ".join(
+            f"{n} was {before.get(n, 'not there')!r}, is {now.get(n, 'not there')!r}" for n in differing
+        )
+        raise ConfigError(
+            f"the checkpoint is of another model: {listed}. Resume with the configuration of the first run, "
+            "or train in a new folder."
+        )
+
+
+def flatten_named(tree: Any) -> dict[str, Any]:
+    """As :func:`jaxllm.model.functional.flatten`, also through dataclasses and named tuples."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(_key(k) for k in path): leaf for path, leaf in flat}
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs, as warnings, that a part of a checkpoint was opened by itself; here that is intended."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def read_arrays(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
+    """The leaves that ``target`` names, of one saved step; others are not read."""
+    import orbax.checkpoint as ocp
+
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or single
+        )
+
+    item = {name: placed(leaf) for name, leaf in target.items()}
+    args = ocp.checkpoint_utils.construct_restore_args(item)
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
+        )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "meta" / "metadata").read_text())
+
+
+def check_names(folder: Path, target: dict[str, Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = reader.metadata(folder / "state").item_metadata
+    saved = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
+    wanted = {name: tuple(leaf.shape) for name, leaf in target.items()}
+    wrong = [n for n in {**saved, **wanted} if saved.get(n) != wanted.get(n)]
+    if wrong:
+        listed = "; ".join(f"{n}: saved {saved.get(n)}, expected {wanted.get(n)}" for n in wrong[:5])
+        raise CheckpointError(
+            f"{folder} does not fit this run ({len(wrong)} arrays differ: {listed}). Use the model and optimiser "
+            "settings of the first run (weight_decay=0 and >0 keep different state)."
+        )
