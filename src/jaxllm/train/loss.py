@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import Precision
 from pallas_kernels.precision import contract
 
-# Tokens per chunk. Logits of a chunk in float32 are chunk * V * 4 bytes; 512 to 2048 run equally fast on CPU.
-CHUNK = 1024
+# Tokens per chunk: float32 logits of a chunk take chunk * V * 4 bytes. On CPU (V = 4096) 256 and 512 stay in cache and
+# take a quarter less time than 1024; accelerators want the larger product.
+CHUNK = 512
 
 
 class LossSums(NamedTuple):
