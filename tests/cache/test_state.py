@@ -110,7 +110,9 @@ def test_any_chunking_gives_the_logits_of_the_whole(name, page, seed):
         for index in rng.permutation(2):
             take = int(min(rng.integers(0, 8), until[index] - read[index], room))
             if take:
-                pieces.append((owners[index], read[index], documents[index][read[index] : read[index] + take]))
+                pieces.append(
+                    (owners[index], read[index], documents[index][read[index] : read[index] + take])
+                )
                 members.append(index)
                 read[index] += take
                 room -= take

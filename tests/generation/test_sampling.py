@@ -1,5 +1,6 @@
 """Sampling: agreement with Hugging Face's processors, and what makes draws independent of batching."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -16,15 +17,18 @@ from jaxllm.generation.sampling import (
     init_sampling,
     log_softmax,
     penalise,
-    sample,
 )
+from jaxllm.generation.sampling import sample as eager_sample
 
 VOCAB = 40
+sample = functools.partial(jax.jit, static_argnames="features")(eager_sample)
 
 
 def state(rows: int, **values):
     base = init_sampling(rows, stop_width=2, counted_vocab=VOCAB)
-    return replace(base, **{name: jnp.asarray(value, getattr(base, name).dtype) for name, value in values.items()})
+    return replace(
+        base, **{name: jnp.asarray(value, getattr(base, name).dtype) for name, value in values.items()}
+    )
 
 
 def test_filters_keep_what_arithmetic_says():
@@ -93,12 +97,14 @@ def test_draws_depend_on_seed_and_position_alone(rng):
     random = Features(random=True)
     seeds, positions = jnp.asarray([3, 9, 3, 3]), jnp.asarray([7, 7, 7, 8])
     rows = state(4, temperature=[1.0] * 4, seed=seeds)
-    together = sample(jnp.repeat(logits, 4, axis=0), rows, positions, random).tokens
+    together = sample(jnp.repeat(logits, 4, axis=0), rows, positions, features=random).tokens
     for row in range(4):
-        alone = sample(logits, rows.rows(slice(row, row + 1)), positions[row : row + 1], random).tokens
+        alone = sample(
+            logits, rows.rows(slice(row, row + 1)), positions[row : row + 1], features=random
+        ).tokens
         assert together[row] == alone[0]
     many = state(64, temperature=[1.0] * 64, seed=[5] * 64)
-    flat = sample(jnp.zeros((64, VOCAB)), many, jnp.arange(64), random).tokens
+    flat = sample(jnp.zeros((64, VOCAB)), many, jnp.arange(64), features=random).tokens
     assert len(set(np.asarray(flat).tolist())) > 20, "positions must give different draws"
 
 
@@ -107,21 +113,23 @@ def test_draws_follow_the_distribution():
     n = 4000
     rows = state(n, temperature=[1.0] * n, seed=np.arange(n))
     logits = jnp.broadcast_to(jnp.log(probabilities), (n, 3))
-    tokens = np.asarray(sample(logits, rows, jnp.zeros(n, jnp.int32), Features(random=True)).tokens)
+    tokens = np.asarray(sample(logits, rows, jnp.zeros(n, jnp.int32), features=Features(random=True)).tokens)
     np.testing.assert_allclose(np.bincount(tokens, minlength=3) / n, probabilities, atol=0.035)
 
 
 def test_greedy_rows_stay_greedy_beside_random_ones(rng):
     logits = jnp.asarray(rng.normal(size=(2, VOCAB)), jnp.float32)
     rows = state(2, temperature=[0.0, 1.0], top_k=[1, 0])
-    tokens = sample(logits, rows, jnp.zeros(2, jnp.int32), Features(random=True, filters=True)).tokens
+    tokens = sample(
+        logits, rows, jnp.zeros(2, jnp.int32), features=Features(random=True, filters=True)
+    ).tokens
     assert tokens[0] == jnp.argmax(logits[0])
 
 
 def test_logprobs_are_of_the_raw_logits(rng):
     logits = jnp.asarray(rng.normal(size=(2, VOCAB)), jnp.float32)
     rows = state(2, temperature=[0.5, 2.0])
-    drawn = sample(logits, rows, jnp.zeros(2, jnp.int32), Features(random=True, logprobs=3))
+    drawn = sample(logits, rows, jnp.zeros(2, jnp.int32), features=Features(random=True, logprobs=3))
     expected = jax.nn.log_softmax(logits)
     np.testing.assert_allclose(drawn.logprobs, expected[jnp.arange(2), drawn.tokens], atol=1e-6)
     np.testing.assert_allclose(drawn.top_logprobs, -np.sort(-np.asarray(expected))[:, :3], atol=1e-6)
@@ -130,7 +138,9 @@ def test_logprobs_are_of_the_raw_logits(rng):
 def test_impossible_rows_give_no_nan():
     logits = jnp.full((1, VOCAB), -jnp.inf)
     rows = state(1, temperature=[1.0], top_k=[3], top_p=[0.5], min_p=[0.1])
-    drawn = sample(logits, rows, jnp.zeros(1, jnp.int32), Features(random=True, filters=True, logprobs=2))
+    drawn = sample(
+        logits, rows, jnp.zeros(1, jnp.int32), features=Features(random=True, filters=True, logprobs=2)
+    )
     assert not any(np.isnan(np.asarray(leaf)).any() for leaf in jax.tree.leaves(drawn))
     assert 0 <= int(drawn.tokens[0]) < VOCAB
     assert np.isneginf(np.asarray(log_softmax(logits))).all()

@@ -28,8 +28,18 @@ class KVCache:
     page_size: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.dtype in ("compute", "float32", "bfloat16"), "kv.dtype", self.dtype, "compute, float32 or bfloat16")
-        require(self.page_size is None or self.page_size >= 1, "kv.page_size", self.page_size, "None or at least 1")
+        require(
+            self.dtype in ("compute", "float32", "bfloat16"),
+            "kv.dtype",
+            self.dtype,
+            "compute, float32 or bfloat16",
+        )
+        require(
+            self.page_size is None or self.page_size >= 1,
+            "kv.page_size",
+            self.page_size,
+            "None or at least 1",
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +99,9 @@ def layer_state(
         a = cfg.attention
         assert a is not None
         page = capacity if kv.page_size is None else kv.page_size
-        require(capacity % page == 0, "kv.page_size", page, f"must divide the slot capacity of {capacity} tokens")
+        require(
+            capacity % page == 0, "kv.page_size", page, f"must divide the slot capacity of {capacity} tokens"
+        )
         dtype = compute if kv.dtype == "compute" else jnp.dtype(kv.dtype)
         n = capacity // page
         shape = (slots * n, a.num_kv_heads, page, a.head_dim)

@@ -21,7 +21,6 @@ from jaxllm.generation.sampling import Features, Sampled, SamplingState, advance
 from jaxllm.model import functional
 from jaxllm.model.functional import Params
 
-
 HostOrDevice = np.ndarray | Array
 
 
