@@ -8,7 +8,7 @@ from typing import Any
 
 from _figures import LOGIT_LIMIT, gate, rate, repeats_for, spread
 from _protocol import Worker, WorkerError, environment
-from _tasks import Contender, Task
+from _tasks import JAXLLM, Contender, Task
 
 # Rows and tokens of the batch whose logits are compared before anything is timed.
 CHECK = (2, 64)
@@ -47,6 +47,7 @@ class Contest:
         self.versions: dict[str, str] = {}
         self._workers: dict[str, Worker] = {}
         self._excluded: dict[str, str] = {}
+        self._exported = False
         self._parameters: int | None = None
         self._logits: Any = None
 
@@ -55,18 +56,6 @@ class Contest:
         command = [s.pythons[contender.library], str(contender.script)]
         log = s.runs / "logs" / f"{self.model}-{contender.name.replace(' ', '-')}.log"
         return Worker(command, environment(s.threads, s.runs / "cache"), log)
-
-    def export(self) -> None:
-        """Write the weights that all contenders load.
-
-        Raises:
-            WorkerError: jaxllm could not.
-        """
-        worker = self._spawn(Contender("jaxllm", "fp32"))
-        try:
-            worker.call("export", self.settings.patience, config=self.config, folder=str(self.weights))
-        finally:
-            worker.close()
 
     def worker(self, contender: Contender) -> Worker:
         """Its live, set-up and checked process.
@@ -80,14 +69,18 @@ class Contest:
         if worker is not None and worker.alive:
             return worker
         worker = self._workers[contender.name] = self._spawn(contender)
+        common = {"config": self.config, "threads": self.settings.threads}
+        if contender == JAXLLM[0] and not self._exported:
+            # The first contender makes the weights that all load.
+            worker.call("export", self.settings.patience, folder=str(self.weights), **common)
+            self._exported = True
         told = worker.call(
             "setup",
             self.settings.patience,
-            config=self.config,
             weights=str(self.weights),
-            threads=self.settings.threads,
             precision=contender.precision,
             mode=contender.mode,
+            **common,
         )
         self.versions |= told["versions"]
         try:
@@ -164,14 +157,19 @@ class Contest:
                     continue
                 try:
                     answer = worker.call("measure", self.settings.patience, repeats=repeats)
-                    entry.setdefault("rounds", []).append(rate(task, contender.library, answer))
-                except (WorkerError, ValueError) as error:
+                except WorkerError as error:
                     entry["error"] = str(error)
                     continue
+                try:
+                    entry.setdefault("rounds", []).append(rate(task, contender.library, answer))
+                except ValueError:
+                    entry["drowned_rounds"] = entry.get("drowned_rounds", 0) + 1
                 entry["peak_rss_mib"] = max(entry.get("peak_rss_mib", 0), answer["peak_rss_mib"])
         for entry in entries.values():
             if entry.get("rounds"):
                 entry["tokens_per_second"] = spread(entry["rounds"])
+            elif entry.get("drowned_rounds"):
+                entry["error"] = "noise drowned every round"
 
     def keep(self, kind: str | None) -> None:
         """End the workers that take no part in ``kind``; None ends all."""

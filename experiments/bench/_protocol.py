@@ -1,6 +1,6 @@
 """Workers behind pipes: one JSON object per line each way, so that libraries never share a process.
 
-The worker side imports nothing but the standard library before ``setup`` says how many threads there are: both XLA
+The worker side imports nothing but the standard library before the first request says how many threads there are: both XLA
 and OpenMP size their pools when they load.
 """
 
@@ -44,7 +44,7 @@ def serve(worker: Any) -> None:
         if op == "exit":
             return
         try:
-            if op == "setup":
+            if "threads" in request:
                 limit_threads(request["threads"])
             answer = {"ok": True, "result": getattr(worker, op)(**request)}
         except Exception as error:
@@ -98,7 +98,8 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=env, text=True
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -120,7 +121,8 @@ class Worker:
         except queue.Empty:
             self.close()
             raise WorkerError(f"{op}: no answer within {timeout:.0f} s") from None
-        except OSError:
+        except (OSError, ValueError):
+            # A pipe that broke, or was closed after an earlier failure.
             line = None
         if line is None:
             self.close()
@@ -140,6 +142,7 @@ class Worker:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        self._reader.join()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             try:
                 if stream is not None:

@@ -39,13 +39,14 @@ def first_step(model: str, env: dict[str, str], times: int) -> dict[str, Any]:
 
 
 def measure(model: str, pythons: dict[str, str], threads: int, runs: Path, times: int) -> dict[str, Any]:
-    """Everything of this file; transformers' import for comparison."""
+    """Everything of this file, ``times`` warm runs each; with more than one also transformers' import, to compare."""
     env = environment(threads, runs / "cache-startup")
+    theirs = None
+    if times > 1:
+        theirs = import_seconds(pythons["transformers"], IMPORT_TRANSFORMERS, env, 2)
     return {
         "import_jaxllm_seconds": import_seconds(sys.executable, IMPORT_JAXLLM, env, times),
-        "import_transformers_seconds": import_seconds(
-            pythons.get("transformers", "missing"), IMPORT_TRANSFORMERS, env, min(times, 2)
-        ),
+        "import_transformers_seconds": theirs,
         "import_to_first_step_seconds": first_step(model, env, times),
     }
 

@@ -73,7 +73,8 @@ class Transformers:
     def prepare(self, task: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Compile and warm up; what the gate compares: losses of the first steps, or tokens."""
         torch, kind = self.torch, task["kind"]
-        if kind == "train" or self.kind != kind:
+        # Shapes that a compiled model has met before would make it compile for any shape, which is slower.
+        if kind == "train" or self.kind != kind or "compile" in self.mode:
             self._load(kind)
         self.task = task
         vocab = self.model.config.vocab_size

@@ -1,6 +1,6 @@
 """jaxllm against transformers and jax-linear-attention: training, prefill and decode on the same cores.
 
-    python experiments/bench/train_generate.py            # about 40 minutes on two cores, less when taken up again
+    python experiments/bench/train_generate.py            # two cores: about an hour, torch.compile most of it
     python experiments/bench/train_generate.py --quick    # half a minute: a tiny model, to see that it runs
 
 Expected on two cores: training 2x transformers in float32 and 3x in the best precision that leaves the loss unharmed,
@@ -163,8 +163,6 @@ def measure(
                 continue
             contest = Contest(model, model_config(model).to_dict(), contenders, settings)
             try:
-                progress.update(bar, description=f"{model}: writing weights")
-                contest.export()
                 for task in todo:
                     contest.keep(task.kind)
                     row = contest.row(task, lambda text: progress.update(bar, description=text))
@@ -179,6 +177,8 @@ def measure(
 def main(argv: list[str] | None = None) -> int:
     """Measure, write, draw, print."""
     args, console = options(argv), Console()
+    if not console.is_terminal:
+        console = Console(width=170)
     pythons = {name: sys.executable for name in ("jaxllm", "machine")}
     pythons |= {"transformers": args.torch_python, "jla": args.jla_python}
     missing = missing_peers(pythons)
