@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jaxllm.cli.loss_curve import bits_per_nat, draw
 from jaxllm.cli.precision import precision_for
 from jaxllm.cli.quickstart import Args, report
 from jaxllm.cli.quickstart.baselines import Baseline, measure_baselines, seen_documents
+from jaxllm.cli.quickstart.record import Record, choose_folder
 from jaxllm.cli.quickstart.settings import CPU, for_backend, override
 from jaxllm.cli.training_display import Figures, TrainingDisplay, sparkline
 from jaxllm.config import ConfigError
@@ -230,3 +232,36 @@ def test_sparkline():
     assert sparkline([3.0, 2.0, 1.0]) == "█▅▁" or len(sparkline([3.0, 2.0, 1.0])) == 3
     assert len(sparkline([float(i) for i in range(1000)], 40)) == 40
     assert sparkline([1.0, 1.0]) == "▁▁"
+
+
+def test_the_run_folder_is_the_next_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose_folder(None, False, "quickstart") == Path("runs/quickstart")
+    Path("runs/quickstart").mkdir(parents=True)
+    assert choose_folder(None, False, "quickstart") == Path("runs/quickstart-2")
+    assert choose_folder(None, True, "quickstart") == Path("runs/quickstart")
+    assert choose_folder(Path("empty"), False, "quickstart") == Path("empty")
+
+
+@pytest.mark.parametrize("name", ["full", "file", "br[1]"])
+def test_folders_that_cannot_take_a_run(name, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").touch()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out"):
+        choose_folder(tmp_path / name, False, "quickstart")
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(UserError, match="--resume"):
+        Record.read(tmp_path, None)
+    (tmp_path / "quickstart.json").write_text('{"minutes": "five"}')
+    with pytest.raises(UserError, match="minutes"):
+        Record.read(tmp_path, None)
+
+
+def test_a_record_reads_as_it_was_written(tmp_path):
+    record = Record(5.0, "stdlib", 3, CPU, preset("quickstart"), 8.25)
+    record.write(tmp_path)
+    assert Record.read(tmp_path, None) == record
+    assert Record.read(tmp_path, 30.0) == replace(record, minutes=30.0)

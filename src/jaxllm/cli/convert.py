@@ -16,7 +16,7 @@ Kind = Literal["hf", "jaxllm"]
 
 @dataclass(frozen=True)
 class Args:
-    """Convert a model between a Hugging Face folder and a checkpoint that 'jaxllm train' starts from.
+    """Convert a model between a Hugging Face folder and a checkpoint of float32 masters, as training keeps them.
 
     Attributes:
         source: a Hugging Face folder, a run folder, or a folder of checkpoints (the newest sound one is taken).

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from jaxllm.cli import run_folder
 from jaxllm.cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def configure(args: Args) -> "TrainRun":
         debug_nans=args.debug_nans or run.trainer.debug_nans,
     )
     run = replace(run, trainer=trainer, out=args.out or run.out)
+    run_folder.check(run.out, "out")
     saved = (run.out / "checkpoints").is_dir()
     if saved and not args.resume:
         raise UserError(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jaxllm.cli import field_types
+from jaxllm.cli import field_types, run_folder
 from jaxllm.cli.errors import UserError
 from jaxllm.cli.quickstart.settings import Settings
 from jaxllm.config import ConfigError, ModelConfig, decode
@@ -70,15 +70,15 @@ def choose_folder(out: Path | None, resume: bool, name: str) -> Path:
     """The run's folder: ``out``, or runs/<name>, or the next free runs/<name>-2, -3, ...
 
     Raises:
-        UserError: ``out`` holds a run and shall not be resumed, or is no folder.
+        UserError: ``out`` holds a run and shall not be resumed, or cannot hold one.
     """
     if out is None:
         folder, number = Path("runs") / name, 2
         while not resume and folder.exists():
             folder, number = Path("runs") / f"{name}-{number}", number + 1
+        run_folder.check(folder)
         return folder
-    if out.exists() and not out.is_dir():
-        raise UserError("--out", str(out), "a folder; this is a file")
+    run_folder.check(out)
     if not resume and out.is_dir() and any(out.iterdir()):
         hint = "Add --resume to go on with it, or give another folder."
         raise UserError("--out", str(out), "a new or empty folder", hint)
