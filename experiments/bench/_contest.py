@@ -69,6 +69,15 @@ class Contest:
         if worker is not None and worker.alive:
             return worker
         worker = self._workers[contender.name] = self._spawn(contender)
+        try:
+            self._set_up(contender, worker)
+        except WorkerError as error:
+            self._excluded[contender.name] = str(error)
+            worker.close()
+            raise
+        return worker
+
+    def _set_up(self, contender: Contender, worker: Worker) -> None:
         common = {"config": self.config, "threads": self.settings.threads}
         if contender == JAXLLM[0] and not self._exported:
             # The first contender makes the weights that all load.
@@ -83,13 +92,7 @@ class Contest:
             **common,
         )
         self.versions |= told["versions"]
-        try:
-            self._check(contender, worker, told)
-        except WorkerError as error:
-            self._excluded[contender.name] = str(error)
-            worker.close()
-            raise
-        return worker
+        self._check(contender, worker, told)
 
     def _check(self, contender: Contender, worker: Worker, told: dict[str, Any]) -> None:
         import numpy as np

@@ -20,7 +20,7 @@ def _precision(name: str) -> Any:
 class Jaxllm:
     """One model in one precision."""
 
-    def export(self, config: dict[str, Any], folder: str) -> dict[str, Any]:
+    def export(self, config: dict[str, Any], folder: str, **_: Any) -> dict[str, Any]:
         """Write freshly initialised weights as a Hugging Face folder, for every contender."""
         from jaxllm import LanguageModel, ModelConfig, hf
         from jaxllm.model.functional import init_params
