@@ -1,0 +1,162 @@
+"""Configurations: errors name the field, JSON gives them back, parameters are what they say."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from jaxllm import axes
+from jaxllm.config import (
+    AttentionConfig,
+    ConfigError,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    Precision,
+    RopeConfig,
+)
+from jaxllm.model.functional import abstract_params, flatten, init_params, merge, param_axes, split
+
+MAMBA = MambaConfig(num_heads=8, head_dim=4, state_size=8, n_groups=2, chunk_size=8)
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, window=4)
+BASE = ModelConfig(64, 32, "M*-W", MAMBA, ATTENTION, MLPConfig(48))
+CONFIGS = {
+    "plain": BASE,
+    "everything": BASE.replace(
+        mamba=replace(MAMBA, proj_bias=True, norm_groups=1, dt_limit=(0.001, math.inf)),
+        attention=replace(
+            ATTENTION, rope=RopeConfig(5e5, "llama3", 8.0), qk_norm=True, qkv_bias=True, out_bias=True
+        ),
+        mlp=MLPConfig(48, "swiglu", bias=True),
+        tie_embeddings=True,
+        precision=Precision(param="bfloat16", compute="bfloat16"),
+    ),
+    "no conv bias": BASE.replace(mamba=replace(MAMBA, conv_bias=False), pattern="M"),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: BASE.replace(pattern="MX*Q"),
+            r"pattern='MX\*Q': unknown letter Q, X; known letters are M \(Mamba-2\)",
+        ),
+        (lambda: BASE.replace(pattern=""), "pattern=''"),
+        (lambda: BASE.replace(mamba=None), "mamba=None: the pattern"),
+        (lambda: BASE.replace(attention=None), "attention=None: the pattern"),
+        (lambda: BASE.replace(mlp=None), "mlp=None: the pattern"),
+        (
+            lambda: BASE.replace(attention=replace(ATTENTION, window=None)),
+            "attention.window=None: the letter W",
+        ),
+        (
+            lambda: replace(ATTENTION, num_kv_heads=3),
+            "attention.num_kv_heads=3: must divide attention.num_heads=4",
+        ),
+        (lambda: replace(ATTENTION, window=0), "attention.window=0"),
+        (lambda: replace(ATTENTION, head_dim=7, rope=RopeConfig()), "attention.head_dim=7: must be even"),
+        (lambda: replace(MAMBA, n_groups=3), "mamba.n_groups=3: must divide mamba.num_heads=8"),
+        (lambda: replace(MAMBA, norm_groups=5), "mamba.norm_groups=5: must divide"),
+        (lambda: replace(MAMBA, conv_kernel=1), "mamba.conv_kernel=1"),
+        (lambda: replace(MAMBA, dt_limit=(0.2, 0.1)), "mamba.dt_limit"),
+        (lambda: replace(MAMBA, state_size=0), "mamba.state_size=0"),
+        (lambda: BASE.replace(hidden_size=0), "hidden_size=0"),
+        (lambda: BASE.replace(norm_eps=0.0), "norm_eps=0.0"),
+        (lambda: ModelConfig.from_dict({**BASE.to_dict(), "depth": 3}), "depth='unknown field'"),
+        (
+            lambda: ModelConfig.from_dict({**BASE.to_dict(), "mamba": {"head_dim": 4}}),
+            "mamba.num_heads='missing'",
+        ),
+    ],
+)
+def test_errors_name_the_field(build: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def test_unknown_choices() -> None:
+    """The suite's type checker sees them first, a user's program gets the ConfigError."""
+    for build, given in ((lambda v: MLPConfig(48, v), "gelu"), (lambda v: RopeConfig(scaling=v), "yarn")):
+        with pytest.raises((ConfigError, jaxtyping.TypeCheckError), match=given):
+            build(given)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_json_gives_the_configuration_back(name: str) -> None:
+    cfg = CONFIGS[name]
+    text = cfg.to_json()
+    assert ModelConfig.from_json(text) == cfg
+    # Strict JSON has no infinities.
+    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} in JSON"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_abstract_axes_and_real_parameters_agree(name: str) -> None:
+    cfg = CONFIGS[name]
+    params = init_params(cfg, seed=3)
+    real = {path: (leaf.shape, leaf.dtype) for path, leaf in flatten(params).items()}
+    abstract = {path: (leaf.shape, leaf.dtype) for path, leaf in flatten(abstract_params(cfg)).items()}
+    named = {path: axes.shape(parts) for path, parts in param_axes(cfg).items()}
+    assert abstract == real
+    assert named == {path: shape for path, (shape, _) in real.items()}
+    assert ("lm_head.weight" in real) is not cfg.tie_embeddings
+    for path, (_, dtype) in real.items():
+        kept = path.endswith(("A_log", ".D", "dt_bias"))
+        assert dtype == (jnp.float32 if kept else jnp.dtype(cfg.precision.param)), path
+    again = split(merge(cfg, params))
+    assert again[0] == cfg
+    assert jax.tree.structure(again[1]) == jax.tree.structure(params)
+
+
+def test_fused_projection_segments() -> None:
+    """z | x | B | C | dt, as it is stored and sharded and pruned."""
+    axis = param_axes(BASE)["layers.0.mixer.in_proj.weight"][1]
+    assert isinstance(axis, axes.Concat)
+    assert [(n, s.stop - s.start) for n, s in axis.slices()] == [("z", 32), ("xBC", 64), ("dt", 8)]
+    inner = axis.parts[1]
+    assert isinstance(inner, axes.Concat)
+    assert [(n, s.stop - s.start) for n, s in inner.slices()] == [("x", 32), ("B", 16), ("C", 16)]
+
+
+def test_initial_statistics() -> None:
+    """dt in [1e-3, 0.1], A in [1, 16], linear weights of init_std, residual ones divided by sqrt(layers)."""
+    cfg = ModelConfig(
+        512,
+        128,
+        "M*-" * 3,
+        MambaConfig(num_heads=64, head_dim=8, state_size=16),
+        AttentionConfig(8, 4, 16),
+        MLPConfig(256),
+    )
+    params = {path: np.asarray(leaf) for path, leaf in flatten(init_params(cfg, seed=1)).items()}
+    dt = np.log1p(np.exp(params["layers.0.mixer.dt_bias"].astype(np.float64)))
+    assert 1e-3 * 0.999 <= dt.min() < 5e-3 < 2e-2 < dt.max() <= 0.1001
+    decay = np.exp(params["layers.0.mixer.A_log"])
+    assert 1 <= decay.min() < 4 < 12 < decay.max() <= 16
+    assert np.all(params["layers.0.mixer.D"] == 1)
+    for path in (
+        "embed",
+        "lm_head",
+        "layers.0.mixer.in_proj",
+        "layers.1.mixer.q_proj",
+        "layers.2.mixer.up_proj",
+    ):
+        assert params[f"{path}.weight"].std() == pytest.approx(0.02, rel=0.05), path
+    for path in ("layers.0.mixer.out_proj", "layers.1.mixer.o_proj", "layers.2.mixer.down_proj"):
+        assert params[f"{path}.weight"].std() == pytest.approx(0.02 / 3, rel=0.05), path
+    conv = params["layers.0.mixer.conv_weight"]
+    assert np.abs(conv).max() <= 0.5
+    assert conv.std() == pytest.approx(1 / 12**0.5, rel=0.05)
+    assert np.all(params["layers.0.norm.weight"] == 1)
+    # Every layer has weights of its own, and another seed gives others.
+    assert not np.array_equal(
+        params["layers.0.mixer.in_proj.weight"], params["layers.3.mixer.in_proj.weight"]
+    )
+    assert not np.array_equal(params["embed.weight"], np.asarray(init_params(cfg, seed=2)["embed"]["weight"]))
