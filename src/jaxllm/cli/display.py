@@ -14,7 +14,8 @@ def make_console() -> Console:
     """A console on standard output; tables that go into a file or pipe keep a readable width."""
     # Markup would read "jaxllm[cuda12]" or a path with brackets as a style and swallow it.
     console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=100)
+    drawn = console.is_terminal and not console.is_dumb_terminal
+    return console if drawn else Console(highlight=False, markup=False, width=100)
 
 
 def bold(text: str) -> Text:

@@ -83,7 +83,7 @@ class TrainingDisplay:
         self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._draw)
 
     def __enter__(self) -> "TrainingDisplay":
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self._live.start()
         return self
 

@@ -99,7 +99,7 @@ class Session:
         self.seconds[key] = time.perf_counter() - begin
 
     def _say(self, text: str) -> None:
-        self.console.print(f"   {text}")
+        self.console.print(f" {text}")
 
     def _greet(self) -> None:
         here = machine.describe()
