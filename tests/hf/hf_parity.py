@@ -59,12 +59,17 @@ def _forward(params: Any, batch: PackedBatch, *, cfg: ModelConfig, variant: str)
     return merge(cfg, params)(batch)
 
 
+def logits_of(model: LanguageModel, tokens: np.ndarray, variant: str = "") -> np.ndarray:
+    """f32[B, T, V]; ``variant`` names what is patched, so that nothing compiled without it is reused."""
+    batch = PackedBatch.from_rows(tokens)
+    return np.asarray(_forward(model.params, batch, cfg=model.cfg, variant=variant), np.float32)
+
+
 def check_prefill(
     model: LanguageModel, expected: Expected, tolerance: float = TOLERANCE, variant: str = ""
 ) -> float:
-    """Forward without a cache; ``variant`` names what is patched, so that nothing compiled without it is reused."""
-    logits = _forward(model.params, PackedBatch.from_rows(expected.tokens), cfg=model.cfg, variant=variant)
-    return assert_close(logits, expected.logits, tolerance)
+    """Forward without a cache; ``variant`` as in :func:`logits_of`."""
+    return assert_close(logits_of(model, expected.tokens, variant), expected.logits, tolerance)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", compiler_options=QUICK)
