@@ -51,12 +51,13 @@ MOST_LINES = 700
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement: the file, its module, its line, and the full name that it asks for."""
+    """One import statement: the file, its module, its line, the full name that it asks for, and if it is in a function."""
 
     file: str
     module: str
     line: int
     name: str
+    lazy: bool
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -86,7 +87,12 @@ def imports(root: Path, library_only: bool = False) -> Iterator[Import]:
         if library_only and module.split(".")[0] not in LIBRARY:
             continue
         package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-        for node in ast.walk(syntax(file)):
+        tree = syntax(file)
+        functions = [
+            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        inner = {id(node) for function in functions for node in ast.walk(function)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -98,7 +104,7 @@ def imports(root: Path, library_only: bool = False) -> Iterator[Import]:
             else:
                 continue
             for name in names:
-                yield Import(file.relative_to(root).as_posix(), module, node.lineno, name)
+                yield Import(file.relative_to(root).as_posix(), module, node.lineno, name, id(node) in inner)
 
 
 def floor(name: str) -> int | None:
@@ -136,7 +142,8 @@ def circles(root: Path) -> list[str]:
     graph: dict[str, set[str]] = {module: set() for module in known}
     for each in imports(root, library_only=True):
         name = each.name if each.name in known else each.name.rpartition(".")[0]
-        # A package's __init__ and its modules: the submodule never needs what __init__ gathers.
+        if each.lazy and each.file.endswith("__init__.py") and name.startswith(f"{each.module}."):
+            continue  # a package may open its own rooms when they are needed
         if name in known and name != each.module:
             graph[each.module].add(name)
     try:
