@@ -3,9 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import jax
 from rich.console import Console
@@ -15,11 +13,11 @@ from jaxllm.cli import accelerators, machine
 from jaxllm.cli.display import bold, count, duration, make_console, short, size, table
 from jaxllm.cli.doctor import show_advice
 from jaxllm.cli.errors import UserError
-from jaxllm.cli.loss_curve import draw
 from jaxllm.cli.model_parts import parameter_count
 from jaxllm.cli.precision import device_precision
 from jaxllm.cli.quickstart import Args, report
 from jaxllm.cli.quickstart.baselines import Baseline, measure_baselines, seen_documents
+from jaxllm.cli.quickstart.closing import inputs, measured, picture
 from jaxllm.cli.quickstart.completion import Completion, complete
 from jaxllm.cli.quickstart.record import Record, choose_folder
 from jaxllm.cli.quickstart.settings import for_backend, override
@@ -37,7 +35,6 @@ from jaxllm.train.optim import OptimConfig
 from jaxllm.train.settings import FitResult, TrainSettings
 from jaxllm.train.state import master_config
 from jaxllm.train.trainer import fit
-from jaxllm.train.writers import read_jsonl
 
 MINUTES = 5.0
 
@@ -294,58 +291,19 @@ class Session:
         cfg: ModelConfig,
         completion: Completion,
     ) -> None:
-        picture = self._picture(outcome, baselines)
-        content: dict[str, Any] = {
-            "inputs": {
-                "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.args).items()},
-                "settings": asdict(self.record.settings),
-                "minutes": self.record.minutes,
-                "model": cfg.to_dict(),
-                "corpus": {"name": data.corpus.name, **data.corpus.report()},
-                "tokenizer_sha256": data.tokenizer.fingerprint,
-            },
-            "versions": machine.versions(),
-            "machine": machine.describe(),
-            "device": machine.devices(),
-            "figures": report.figures(outcome, baselines),
-            **report.verdicts(outcome, baselines),
+        content = {
+            "inputs": inputs(self.args, self.record, cfg, data),
+            **measured(outcome, baselines),
             "stage_seconds": self.seconds,
             "completion": completion.text,
         }
-        figures = report.write(self.folder / "figures.json", content)
-        self.console.print()
         paths = {
             "checkpoint (Orbax)": self.folder / "checkpoints",
             "Hugging Face folder": self.folder / "hf",
-            "loss curve": picture,
-            "all figures": figures,
+            "loss curve": picture(self.folder, self.record, outcome, baselines),
+            "all figures": report.write(self.folder / "figures.json", content),
             "metrics of every step": self.folder / "metrics.jsonl",
         }
+        self.console.print()
         report.show(self.console, outcome, baselines, paths)
         self.console.print(f"Try it: jaxllm generate {self.folder} --prompt 'import '\n")
-
-    def _picture(self, outcome: report.Outcome, baselines: list[Baseline]) -> Path:
-        rows = read_jsonl(self.folder / "metrics.jsonl")
-        per_step = self.record.settings.batch_size * self.record.settings.seq_len
-        train = [
-            (r["step"] * per_step, r["loss"])
-            for r in rows
-            if r["kind"] == "train" and r.get("loss") is not None
-        ]
-        evaluated = [
-            (r["step"] * per_step, r["validation_loss"]) for r in rows if r.get("validation_loss") is not None
-        ]
-        # The last partial evaluation stands at the same step as the whole one.
-        validation = [
-            (0, outcome.loss_before),
-            *evaluated[:-1],
-            (outcome.steps * per_step, outcome.loss_after),
-        ]
-        return draw(
-            self.folder / "loss.png",
-            train,
-            validation,
-            title=f"{outcome.parameters:,} parameters, {duration(outcome.train_seconds)} of training",
-            bits_per_nat=outcome.bits_per_nat,
-            lines={b.label: b.bits_per_byte / outcome.bits_per_nat for b in baselines},
-        )
