@@ -25,7 +25,7 @@ _HOMES = {
 }
 
 __version__ = "0.1.0"
-__all__ = [  # noqa: PLE0604, RUF022
+__all__ = [
     "AttentionConfig",
     "ConfigError",
     "GenerationResult",

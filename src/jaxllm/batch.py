@@ -49,7 +49,9 @@ class PackedBatch:
         return replace(self, **changes)
 
     @classmethod
-    def from_rows(cls, tokens: Leaf, *, lengths: Leaf = None, offset: Leaf = 0, slots: Leaf = None) -> "PackedBatch":
+    def from_rows(
+        cls, tokens: Leaf, *, lengths: Leaf = None, offset: Leaf = 0, slots: Leaf = None
+    ) -> "PackedBatch":
         """One document per row, right padded.
 
         Args:

@@ -48,9 +48,18 @@ class Precision:
 
     def __post_init__(self) -> None:
         for name in ("param", "compute"):
-            require(getattr(self, name) in ("float32", "bfloat16"), f"precision.{name}", getattr(self, name), "float32 or bfloat16")
-        require(self.accum == "float32", "precision.accum", self.accum, "float32 is the only accumulation dtype")
-        require(self.matmul in ("compute", "bfloat16"), "precision.matmul", self.matmul, "compute or bfloat16")
+            require(
+                getattr(self, name) in ("float32", "bfloat16"),
+                f"precision.{name}",
+                getattr(self, name),
+                "float32 or bfloat16",
+            )
+        require(
+            self.accum == "float32", "precision.accum", self.accum, "float32 is the only accumulation dtype"
+        )
+        require(
+            self.matmul in ("compute", "bfloat16"), "precision.matmul", self.matmul, "compute or bfloat16"
+        )
 
     @property
     def operand(self) -> str | None:
@@ -89,11 +98,17 @@ class MambaConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dt_limit", tuple(float(v) for v in self.dt_limit))
         positive(
-            **{f"mamba.{n}": getattr(self, n) for n in ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")}
+            **{
+                f"mamba.{n}": getattr(self, n)
+                for n in ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")
+            }
         )
         require(self.conv_kernel >= 2, "mamba.conv_kernel", self.conv_kernel, "must be at least 2")
         require(
-            self.num_heads % self.n_groups == 0, "mamba.n_groups", self.n_groups, f"must divide mamba.num_heads={self.num_heads}"
+            self.num_heads % self.n_groups == 0,
+            "mamba.n_groups",
+            self.n_groups,
+            f"must divide mamba.num_heads={self.num_heads}",
         )
         require(
             self.inner_size % self.gate_groups == 0 and self.gate_groups >= 1,
@@ -142,7 +157,12 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         require(self.theta > 0, "rope.theta", self.theta, "must be positive")
-        require(self.scaling in ("none", "linear", "llama3"), "rope.scaling", self.scaling, "none, linear or llama3")
+        require(
+            self.scaling in ("none", "linear", "llama3"),
+            "rope.scaling",
+            self.scaling,
+            "none, linear or llama3",
+        )
         require(self.factor >= 1, "rope.factor", self.factor, "must be at least 1")
 
 
@@ -233,7 +253,12 @@ class ModelConfig:
         require(bool(self.pattern), "pattern", self.pattern, "must have at least one letter")
         unknown = sorted(set(self.pattern) - set(LETTERS))
         known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
-        require(not unknown, "pattern", self.pattern, f"unknown letter {', '.join(unknown)}; known letters are {known}")
+        require(
+            not unknown,
+            "pattern",
+            self.pattern,
+            f"unknown letter {', '.join(unknown)}; known letters are {known}",
+        )
         for letters, name in (("M", "mamba"), ("*W", "attention"), ("-", "mlp")):
             if set(letters) & set(self.pattern):
                 require(getattr(self, name) is not None, name, None, f"the pattern {self.pattern!r} needs it")
@@ -293,8 +318,15 @@ def decode(cls: type, data: Any, path: str = "") -> Any:
     require(isinstance(data, dict), path or cls.__name__, data, "must be a mapping of fields")
     known = {f.name: f for f in fields(cls)}
     unknown = sorted(set(data) - set(known))
-    require(not unknown, path + (unknown[0] if unknown else ""), "unknown field", f"{cls.__name__} has {', '.join(known)}")
-    missing = [n for n, f in known.items() if n not in data and f.default is MISSING and f.default_factory is MISSING]
+    require(
+        not unknown,
+        path + (unknown[0] if unknown else ""),
+        "unknown field",
+        f"{cls.__name__} has {', '.join(known)}",
+    )
+    missing = [
+        n for n, f in known.items() if n not in data and f.default is MISSING and f.default_factory is MISSING
+    ]
     require(not missing, path + (missing[0] if missing else ""), "missing", f"{cls.__name__} needs it")
     hints = typing.get_type_hints(cls)
     values = {}

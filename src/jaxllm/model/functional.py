@@ -35,7 +35,10 @@ def merge(cfg: ModelConfig, params: Params) -> HybridLM:
     """The module over ``params``; free inside a jitted function."""
     graphdef, abstract = _abstract(cfg)
     state = jax.tree.map(
-        lambda variable, value: variable.replace(value), abstract, params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        lambda variable, value: variable.replace(value),
+        abstract,
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
     return nnx.merge(graphdef, state)
 
@@ -70,8 +73,12 @@ def map_named(fn: Callable[..., Any], tree: Params, *rest: Any) -> Any:
 
 def param_axes(cfg: ModelConfig) -> dict[str, Axes]:
     """Axes of every parameter by dotted path (contract 5)."""
-    variables = jax.tree_util.tree_flatten_with_path(_abstract(cfg)[1], is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
-    return {".".join(str(getattr(k, "key", k)) for k in path): v.get_metadata("axes") for path, v in variables}
+    variables = jax.tree_util.tree_flatten_with_path(
+        _abstract(cfg)[1], is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )[0]
+    return {
+        ".".join(str(getattr(k, "key", k)) for k in path): v.get_metadata("axes") for path, v in variables
+    }
 
 
 @dataclass

@@ -72,9 +72,7 @@ class HybridLM(nnx.Module):
         """A context in the model's own precision."""
         return Context(precision=self.cfg.precision, **changes)
 
-    def hidden(
-        self, batch: PackedBatch, ctx: Context | None = None
-    ) -> tuple[Float[Array, "B T D"], Aux]:
+    def hidden(self, batch: PackedBatch, ctx: Context | None = None) -> tuple[Float[Array, "B T D"], Aux]:
         """Final hidden states (after the last norm) of packed documents, and what ``ctx.taps`` asked for."""
         ctx = ctx or self.context()
         h = self.embed(batch.tokens, ctx)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.axes import Axes, AnyAxis, Axis, shape
+from jaxllm.axes import AnyAxis, Axes, Axis, shape
 from jaxllm.linear import Context, linear
 
 
@@ -17,7 +17,9 @@ def parameter(axes: Axes, init: jax.nn.initializers.Initializer, rngs: nnx.Rngs,
 class Linear(nnx.Module):
     """``x @ weight + bias`` with weight [in, out] (contract 6)."""
 
-    def __init__(self, inputs: AnyAxis, outputs: AnyAxis, *, bias: bool, std: float, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: AnyAxis, outputs: AnyAxis, *, bias: bool, std: float, dtype: str, rngs: nnx.Rngs
+    ):
         self.weight = parameter((inputs, outputs), jax.nn.initializers.normal(std), rngs, dtype)
         self.bias = parameter((outputs,), jax.nn.initializers.zeros, rngs, dtype) if bias else None
 

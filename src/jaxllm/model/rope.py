@@ -22,7 +22,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return frequencies
 
 
-def apply_rope(x: Float[Array, "B T H d"], positions: Int[Array, "B T"], rope: RopeConfig) -> Float[Array, "B T H d"]:
+def apply_rope(
+    x: Float[Array, "B T H d"], positions: Int[Array, "B T"], rope: RopeConfig
+) -> Float[Array, "B T H d"]:
     """Rotate ``x`` by its positions; angles in float32, dtype of ``x`` kept."""
     frequencies = jnp.asarray(inverse_frequencies(rope, x.shape[-1]), jnp.float32)
     angle = positions.astype(jnp.float32)[..., None] * frequencies
