@@ -1,5 +1,6 @@
 """Grouped-query attention mixer, full (``*``) or sliding window (``W``)."""
 
+from functools import partial
 from typing import Any
 
 from flax import nnx
@@ -28,15 +29,12 @@ class Attention(nnx.Module):
         kv_heads = Axis("kv_heads", a.num_kv_heads)
         group = Axis("q_heads_per_kv_head", a.num_heads // a.num_kv_heads)
         q, kv = Product("q", (kv_heads, group, head_dim)), Product("kv", (kv_heads, head_dim))
-        plain = dict(std=cfg.init_std, dtype=dtype, rngs=rngs)
-        self.q_proj = Linear(embed, q, bias=a.qkv_bias, **plain)
-        self.k_proj = Linear(embed, kv, bias=a.qkv_bias, **plain)
-        self.v_proj = Linear(embed, kv, bias=a.qkv_bias, **plain)
+        project = partial(Linear, embed, bias=a.qkv_bias, std=cfg.init_std, dtype=dtype, rngs=rngs)
+        self.q_proj, self.k_proj, self.v_proj = project(q), project(kv), project(kv)
         residual_std = cfg.init_std / len(cfg.pattern) ** 0.5
         self.o_proj = Linear(q, embed, bias=a.out_bias, std=residual_std, dtype=dtype, rngs=rngs)
-        norm = dict(eps=cfg.norm_eps, cast=cfg.norm_cast, dtype=dtype, rngs=rngs)
-        self.q_norm = RMSNorm(head_dim, **norm) if a.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, **norm) if a.qk_norm else None
+        norm = partial(RMSNorm, head_dim, eps=cfg.norm_eps, cast=cfg.norm_cast, dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = (norm(), norm()) if a.qk_norm else (None, None)
 
     def _qkv(self, x: Array, batch: PackedBatch, ctx: Context) -> tuple[Array, Array, Array]:
         rows, length = batch.shape

@@ -20,18 +20,14 @@ from pallas_kernels.ssd import ssd
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
 
-def _dt_bias_init(
-    key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, out_sharding: Any = None
-) -> Array:
+def _dt_bias_init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
     """softplus^-1 of exp U(log dt_min, log dt_max)."""
     dt = jnp.exp(jax.random.uniform(key, shape, minval=np.log(DT_MIN), maxval=np.log(DT_MAX)))
     dt = jnp.maximum(dt, DT_FLOOR)
     return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
 
 
-def _a_log_init(
-    key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, out_sharding: Any = None
-) -> Array:
+def _a_log_init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
     return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0)).astype(dtype)
 
 
@@ -58,9 +54,7 @@ class Mamba(nnx.Module):
         uniform = jax.nn.initializers.uniform(2 * bound)
         width = Axis("conv_width", m.conv_kernel)
 
-        def centred(
-            key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, out_sharding: Any = None
-        ) -> Array:
+        def centred(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
             return uniform(key, shape, dtype) - jnp.asarray(bound, dtype)
 
         self.conv_weight = parameter((width, self.conv_axis), centred, rngs, dtype)

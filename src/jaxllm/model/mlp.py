@@ -1,5 +1,6 @@
 """Dense feed-forward blocks: squared ReLU (Nemotron-H) and SwiGLU (Llama, Qwen)."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ class MLP(nnx.Module):
         assert mlp is not None
         dtype = cfg.precision.param
         embed, hidden = Axis("embed", cfg.hidden_size), Axis("mlp", mlp.intermediate_size)
-        plain = dict(bias=mlp.bias, std=cfg.init_std, dtype=dtype, rngs=rngs)
-        self.gate_proj = Linear(embed, hidden, **plain) if mlp.activation == "swiglu" else None
-        self.up_proj = Linear(embed, hidden, **plain)
+        project = partial(Linear, embed, hidden, bias=mlp.bias, std=cfg.init_std, dtype=dtype, rngs=rngs)
+        self.gate_proj = project() if mlp.activation == "swiglu" else None
+        self.up_proj = project()
         residual_std = cfg.init_std / len(cfg.pattern) ** 0.5
         self.down_proj = Linear(hidden, embed, bias=mlp.bias, std=residual_std, dtype=dtype, rngs=rngs)
 
