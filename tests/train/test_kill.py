@@ -58,6 +58,7 @@ def test_fifty_kills(tmp_path, seed):
         killed_run_equals_whole_run(tmp_path / str(round_), seed + round_, 5)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_ends_like_a_whole_run(tmp_path, seed):
     expected = final(worker(tmp_path / "whole"))
     stopped = worker(tmp_path / "stopped", 1 + seed % (STEPS // 2), 0.0, "term")
