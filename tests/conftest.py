@@ -5,17 +5,25 @@ import pathlib
 import subprocess
 import zlib
 
+import jax
 import pytest
-
-_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "jaxllm" / "tests-xla"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# The machine-feature check of cached CPU programs logs at error level on every hit; it says nothing of the tests.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from hypothesis import HealthCheck, settings
+
+_HOME = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+# Through jax.config for this process, since jax is imported already; in the environment for those that tests start.
+_OPTIONS = {
+    "jax_platforms": os.environ.get("JAX_PLATFORMS", "cpu"),
+    "jax_compilation_cache_dir": os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", str(_HOME / "jaxllm" / "tests-xla")
+    ),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for _name, _value in _OPTIONS.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
+# The machine-feature check of cached CPU programs logs at error level on every hit; it says nothing of the tests.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 settings.register_profile("jaxllm", deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
 settings.load_profile("jaxllm")
