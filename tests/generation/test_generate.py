@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 import jaxllm
+from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import KVCache
+from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.generation import steps
 from jaxllm.generation.engine import Engine, EngineConfig
 from jaxllm.generation.request import SamplingParams
 from jaxllm.generation.text import TextStream
+from jaxllm.model.functional import LanguageModel, map_named, merge
+from tests.generation.conftest import hybrid, parameters
 
 VOCAB = 61
 PAGED = KVCache(page_size=8)
@@ -143,6 +147,35 @@ def test_the_tokenizers_end_token_ends_unless_ignored(lm):
     assert ended.finish_reason == "stop" and ended.token_ids[-1] == words.eos_id and len(ended.token_ids) <= 4
     (ignored,) = jaxllm.generate(told, prompt, max_new_tokens=10, ignore_eos=True, **DRAWN)
     assert ignored.token_ids == free.token_ids
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """A model with more ids than its tokenizer, whose head likes two of the others best whatever it has read."""
+    tokenizer = Tokenizer.train(["no text"], 259)
+    cfg = hybrid("M*").replace(vocab_size=320)
+
+    def favour(name, value):
+        if name != "lm_head.weight":
+            return value
+        return value.at[:, 300].set(500 * value[:, 0]).at[:, 301].set(-500 * value[:, 0])
+
+    return LanguageModel(cfg, map_named(favour, parameters(cfg)), tokenizer)
+
+
+@pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(padded, options):
+    (prompt,) = prompts(5)
+    forward = jax.jit(lambda params, batch: merge(padded.cfg, params)(batch))
+    logits = forward(padded.params, PackedBatch.from_rows(np.asarray([prompt], np.int32)))[0, -1]
+    assert np.argmax(logits) in (300, 301) and padded.tokenizer.vocab_size == 259
+    (result,) = jaxllm.generate(padded, prompt, max_new_tokens=6, logprobs=3, ignore_eos=True, **options)
+    assert len(result.token_ids) == 6 and max(result.token_ids) < 259
+    assert all(len(top) == 3 and max(i for i, _ in top) < 259 for top in result.top_logprobs)
+    # Log-probabilities count the whole vocabulary all the same.
+    expected = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(result.logprobs[0], expected[result.token_ids[0]], atol=1e-4)
+    assert result.top_logprobs[0][0][0] == np.argmax(logits[:259])
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -196,9 +196,10 @@ def generate(
     )
     require(max_batch >= 1, "max_batch", max_batch, "must be at least 1")
     require(chunk >= 1, "chunk", chunk, "must be at least 1")
-    vocab = cfg.vocab_size
-    outside = [token for token in stop_token_ids if not 0 <= token < vocab]
-    require(not outside, "stop_token_ids", outside[:1], f"token ids must be from 0 to {vocab - 1}")
+    # Vocabularies are padded to round sizes; ids that the tokenizer lacks spell nothing and must not be sampled.
+    vocab = min(cfg.vocab_size, getattr(tokenizer, "vocab_size", cfg.vocab_size))
+    outside = [token for token in stop_token_ids if not 0 <= token < cfg.vocab_size]
+    require(not outside, "stop_token_ids", outside[:1], f"token ids must be from 0 to {cfg.vocab_size - 1}")
     require(
         logprobs is None or logprobs <= vocab,
         "logprobs",
@@ -232,6 +233,7 @@ def generate(
         chunk=chunk,
         stop_width=power_of_two(len(ending), 4),
         penalties=common.features.penalties,
+        vocab_limit=vocab if vocab < cfg.vocab_size else None,
     )
     k = steps_per_call or (1 if stream else STEPS_PER_CALL)
     answers = [_Answer(i, len(prompt), tokenizer, stops, started) for i, prompt in enumerate(ids)]

@@ -5,6 +5,7 @@ It owns no time, file or socket. Offline generation and the server are clients o
 
 import heapq
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxllm.cache.state import KVCache, init_cache
 from jaxllm.config import ModelConfig, positive, require
 from jaxllm.generation.buckets import power_of_two
 from jaxllm.generation.request import Event, Running, SamplingParams, union
-from jaxllm.generation.sampling import SamplingState, init_sampling
+from jaxllm.generation.sampling import Features, SamplingState, init_sampling
 from jaxllm.generation.steps import StepOutput, admit, decode_step, prefill
 from jaxllm.model.functional import Params
 
@@ -35,6 +36,7 @@ class EngineConfig:
         chunk: longest piece of a prompt that one call reads.
         stop_width: most stop ids of a request.
         penalties: requests may use penalties (costs slots * vocabulary counts).
+        vocab_limit: ids of the tokenizer, where the model has more; the others are never sampled. None: all are.
     """
 
     slots: int
@@ -43,9 +45,16 @@ class EngineConfig:
     chunk: int = 512
     stop_width: int = 4
     penalties: bool = False
+    vocab_limit: int | None = None
 
     def __post_init__(self) -> None:
         positive(slots=self.slots, capacity=self.capacity, chunk=self.chunk, stop_width=self.stop_width)
+        require(
+            self.vocab_limit is None or self.vocab_limit >= 1,
+            "vocab_limit",
+            self.vocab_limit,
+            "must be None or at least 1",
+        )
 
 
 class Engine:
@@ -108,11 +117,12 @@ class Engine:
             False,
             "the engine was built without penalties, and this request uses one",
         )
+        sampled = min(vocab, self.config.vocab_limit or vocab)
         require(
-            (features.logprobs or 0) <= vocab,
+            (features.logprobs or 0) <= sampled,
             "logprobs",
             features.logprobs,
-            f"at most the vocabulary of {vocab}",
+            f"at most the vocabulary of {sampled}",
         )
         request = Running(self._next, list(prompt), params)
         self._next += 1
@@ -199,7 +209,7 @@ class Engine:
             self._sampling,
             final,
             cfg=self.cfg,
-            features=union([request.features for request in group]),
+            features=self._features(group),
             bound=self._bound(int((offset + lengths).max())),
         )
         done = [request for request, last in zip(group, final) if last]
@@ -220,7 +230,7 @@ class Engine:
             self._cache,
             self._sampling,
             cfg=self.cfg,
-            features=union([request.features for request in requests]),
+            features=self._features(requests),
             rows=rows,
             bound=self._bound(most),
             k=k,
@@ -228,6 +238,10 @@ class Engine:
             least_live=least,
         )
         return self._collect(out, dict(self._live))
+
+    def _features(self, requests: Iterable[Running]) -> Features:
+        features = union([request.features for request in requests])
+        return replace(features, vocab_limit=self.config.vocab_limit)
 
     def _bound(self, length: int) -> int:
         return min(power_of_two(length, LEAST_BOUND), self.config.capacity)

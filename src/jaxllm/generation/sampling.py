@@ -24,6 +24,8 @@ class Features:
         penalties: some row uses a penalty; the state then holds token counts.
         min_tokens: some row must not stop before a number of tokens.
         logprobs: None for none, otherwise the number of most likely tokens reported beside the chosen one.
+        vocab_limit: only ids below it are sampled or reported; None: all. Models pad their vocabulary past the
+            tokenizer's, and no text belongs to the rest.
     """
 
     random: bool = False
@@ -31,6 +33,7 @@ class Features:
     penalties: bool = False
     min_tokens: bool = False
     logprobs: int | None = None
+    vocab_limit: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -128,6 +131,11 @@ def penalise(logits: Float[Array, "R V"], state: SamplingState) -> Float[Array, 
     return logits - state.frequency[:, None] * counts - state.presence[:, None] * (counts > 0)
 
 
+def bar_padding(logits: Float[Array, "R V"], limit: int) -> Float[Array, "R V"]:
+    """Ids from ``limit`` on are impossible."""
+    return jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
+
+
 def bar_stops(logits: Float[Array, "R V"], state: SamplingState) -> Float[Array, "R V"]:
     """Stop ids are impossible while ``barred`` is above 0."""
     rows, vocab = logits.shape
@@ -206,7 +214,8 @@ def sample(
 ) -> Sampled:
     """One token per row.
 
-    The order is that of Hugging Face's processors: penalties, minimum length, temperature, top-k, top-p, min-p.
+    The order is that of Hugging Face's processors: penalties, minimum length, temperature, top-k, top-p, min-p; ids
+    past ``vocab_limit`` go before top-k. Log-probabilities stay those of the whole vocabulary.
 
     Args:
         logits: raw logits.
@@ -219,6 +228,8 @@ def sample(
     processed = penalise(logits, state) if features.penalties else logits
     if features.min_tokens:
         processed = bar_stops(processed, state)
+    if features.vocab_limit is not None:
+        processed = bar_padding(processed, features.vocab_limit)
     tokens = draw(processed, state, positions, features)
     if features.logprobs is None:
         return Sampled(tokens)
@@ -226,6 +237,8 @@ def sample(
     chosen = jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
     if features.logprobs == 0:
         return Sampled(tokens, chosen)
+    if features.vocab_limit is not None:
+        log_p = bar_padding(log_p, features.vocab_limit)
     top, ids = jax.lax.top_k(log_p, features.logprobs)
     return Sampled(tokens, chosen, ids.astype(jnp.int32), top)
 
