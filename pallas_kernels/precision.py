@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.materialise import materialise
+
 
 def _einsum(spec: str, a, b, operand_dtype, out_dtype):
     if operand_dtype is not None:
@@ -28,6 +30,8 @@ def _contract(spec, a, b, operand_dtype, out_dtype):
 
 def _contract_fwd(spec, a, b, operand_dtype, out_dtype):
     kept = (a, b) if operand_dtype is None else (a.astype(operand_dtype), b.astype(operand_dtype))
+    # The activation is read here and, transposed, in backward; the weight is a parameter and in memory anyway.
+    kept = (materialise(kept[0]), kept[1])
     # Zero-size arrays remember the primal dtypes, so that only the rounded operands are kept for backward.
     return _einsum(spec, *kept, None, out_dtype), (*kept, jnp.zeros((0,), a.dtype), jnp.zeros((0,), b.dtype))
 
@@ -36,6 +40,7 @@ def _contract_bwd(spec, operand_dtype, out_dtype, residuals, g):
     a, b, a_like, b_like = residuals
     inputs, out = spec.split("->")
     ia, ib = inputs.split(",")
+    g = materialise(g if operand_dtype is None else g.astype(operand_dtype))
     da = _einsum(f"{out},{ib}->{ia}", g, b, operand_dtype, a_like.dtype)
     db = _einsum(f"{ia},{out}->{ib}", a, g, operand_dtype, b_like.dtype)
     return da, db

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.materialise import materialise
 from pallas_kernels.segments import extents, running_ids
 from pallas_kernels.ssd.chunked import Aligned, chunked_ssd
 
@@ -120,6 +121,7 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_si
         start = None if initial_state is None else initial_state[:, 0]
         y, state = _one_token(x, dt, A, B, C, D, start)
         return y.astype(x.dtype), None if n is None else state[:, None]
+    x, dt, B, C = (materialise(v) for v in (x, dt, B, C))
     Q = min(chunk_size, _MAX_CHUNK, T)
     if initial_state is None:
         initial_state = jnp.zeros((rows, n or 1, H, P, B.shape[3]), jnp.float32)
@@ -132,4 +134,4 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_si
         y, final = _chunked(x, dt, A, B, C, ids, initial_state, None, Q, operand_dtype)
         final = None if n is None else final
     y = y if D is None else y + D[:, None] * x
-    return y.astype(x.dtype), final
+    return materialise(y.astype(x.dtype)), final
