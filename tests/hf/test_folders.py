@@ -1,6 +1,7 @@
 """Folders on disk: bit-exact round trips, sharding, atomic replacement, and errors that list everything."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from hf_cases import CASES, write_folder
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import jaxllm
 import jaxllm.hf as hf
+from jaxllm.cli.convert import open_model
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.model.functional import LanguageModel, flatten
@@ -57,6 +60,18 @@ def test_disk_to_disk_is_bit_exact(case: str, dtype: str, folder: Any, tmp_path:
     hf.save(model, tmp_path / "b", family=CASES[case]["model_type"], dtype=hf.tensor_dtypes(source))
     assert content(tmp_path / "b") == content(source)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_load_opens_a_folder_and_a_run_that_holds_one(folder: Any, tmp_path: Path) -> None:
+    source = folder()
+    direct = jaxllm.load(source)
+    (tmp_path / "run" / "checkpoints" / "steps").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(direct.cfg.to_json(), encoding="utf-8")
+    shutil.copytree(source, tmp_path / "run" / "hf")
+    expected = hf.load(source)
+    for model in (direct, jaxllm.load(str(tmp_path / "run")), open_model(tmp_path / "run")):
+        assert model.cfg == expected.cfg
+        jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
 
 
 def test_shards_and_their_index(folder: Any, tmp_path: Path) -> None:

@@ -94,16 +94,13 @@ def read(source: Path, kind: Kind, tokenizer: Path | None) -> "LanguageModel":
 def open_model(folder: Path) -> "LanguageModel":
     """A model to use: a run's exported one, else its newest checkpoint, else what a Hugging Face folder holds.
 
-    A run's own config.json is jaxllm's, so the folder as a whole is none of Hugging Face's.
-
     Raises:
         ConfigError: the folder holds no model.
     """
     from jaxllm.generation.api import load
 
-    if (folder / "hf" / "config.json").is_file():
-        return load(folder / "hf")
-    return load(folder) if checkpoints_in(folder) is None else read(folder, "jaxllm", None)
+    exported = (folder / "hf" / "config.json").is_file()
+    return load(folder) if exported or checkpoints_in(folder) is None else read(folder, "jaxllm", None)
 
 
 def write_checkpoint(model: "LanguageModel", target: Path) -> Path:

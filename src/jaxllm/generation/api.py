@@ -305,7 +305,7 @@ def _is_id(value: Any) -> bool:
 
 
 def load(folder: str | Path) -> LanguageModel:
-    """A model from a Hugging Face folder, or from a run folder of ``jaxllm train`` (its ``hf/``).
+    """A model from a Hugging Face folder, or from a run folder of ``jaxllm train`` or ``quickstart`` (its ``hf/``).
 
     Raises:
         ConfigError: there is neither ``config.json`` nor ``hf/config.json`` in ``folder``.
@@ -313,7 +313,8 @@ def load(folder: str | Path) -> LanguageModel:
     from jaxllm import hf
 
     path = Path(folder)
-    for candidate in (path, path / "hf"):
+    # A run has a config.json of jaxllm's own beside its hf/.
+    for candidate in (path / "hf", path):
         if (candidate / "config.json").is_file():
             return hf.load(candidate)
     require(path.is_dir(), "folder", str(folder), "there is no such folder")
