@@ -47,7 +47,7 @@ def test_the_table_shows_pattern_and_parameters(cli):
     shown = cli("info", "quickstart", "--train", "--batch", "4", "--seq", "128")
     assert shown.code == 0
     for word in (
-        "M-M-M*-M-",
+        "M-*-M-*-",
         "parameters",
         f"{parameter_count(preset('quickstart')):,}",
         "moments",

@@ -32,8 +32,8 @@ class Settings:
     preset: str = "quickstart"
     vocab_size: int = 4096
     matmul: Literal["auto", "bfloat16", "compute"] = "auto"
-    batch_size: int = 8
-    seq_len: int = 256
+    batch_size: int = 2
+    seq_len: int = 512
     lr: float = 3e-3
     warmup_steps: int = 50
     schedule: Literal["wsd", "cosine"] = "wsd"
