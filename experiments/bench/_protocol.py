@@ -75,6 +75,13 @@ def environment(threads: int, cache: Path) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
     }
     sizes = {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    # What `jaxllm` sets for itself (jaxllm/cli/environment.py), here for every contender alike.
+    memory = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_TOP_PAD_": str(2**28),
+    }
     caches = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
@@ -84,7 +91,7 @@ def environment(threads: int, cache: Path) -> dict[str, str]:
         # Its pool of compile processes would idle beside the measurement.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
-    return {**os.environ, **quiet, **sizes, **caches}
+    return {**os.environ, **quiet, **sizes, **memory, **caches}
 
 
 class Worker:

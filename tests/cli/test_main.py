@@ -152,6 +152,8 @@ def test_preparation_keeps_what_the_user_has_set(monkeypatch, tmp_path):
 
     from jaxllm.cli import environment
 
+    # The allocator is the whole test process's: this keeps it as it is.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings():
@@ -161,6 +163,40 @@ def test_preparation_keeps_what_the_user_has_set(monkeypatch, tmp_path):
     with warnings.catch_warnings():
         environment.prepare()
     assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / "jaxllm" / "xla"
+
+
+FAULTS = """
+import ctypes, resource, sys
+from jaxllm.cli.environment import keep_freed_memory
+
+kept = keep_freed_memory() if sys.argv[1] == "keep" else None
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+for _ in range(20):
+    block = libc.malloc(1 << 26)
+    ctypes.memset(block, 1, 1 << 26)
+    libc.free(block)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_kept_unless_the_user_tunes_malloc():
+    def faults(how: str, **variables: str) -> tuple[str, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, how],
+            env=subprocess_environment() | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        kept, count = done.stdout.split()
+        return kept, int(count)
+
+    kept, few = faults("keep")
+    assert kept == "True"
+    assert few < faults("leave")[1] / 3
+    assert faults("keep", MALLOC_ARENA_MAX="2")[0] == "False"
 
 
 def test_doctor_prints_devices_versions_and_implementations(cli):
