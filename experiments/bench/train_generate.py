@@ -218,7 +218,10 @@ def main(argv: list[str] | None = None) -> int:
         if (key := f"{m} {t.name}") in record.data["rows"]
     ]
     result = {
-        "command": "python experiments/bench/train_generate.py" + (" --quick" if args.quick else ""),
+        "command": "python experiments/bench/train_generate.py"
+        + (" --quick" if args.quick else "")
+        + (f" --rounds {args.rounds}" if args.rounds else "")
+        + (f" --contenders '{args.contenders}'" if args.contenders else ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
         "device": device(),
