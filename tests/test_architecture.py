@@ -268,7 +268,7 @@ SOUND = {
     "src/jaxllm/evaluate/lm_harness.py": "from lm_eval.api.model import LM\n",
     "pallas_kernels/compat.py": "import jax\nfrom jax.experimental import pallas\nNEW = jax.__version__ > '0.11'\n",
     "tests/test_x.py": "import torch, transformers\nfrom jaxllm import generate\n",
-    "docs/sound.md": "see https://example.org/home/page and docs/work/x and ~/work/y and $HOME/work/z\n",
+    "docs/sound.md": "see https://example.org/home/page and docs/home/x and ~/texts/y and $HOME/work/z\n",
 }
 
 

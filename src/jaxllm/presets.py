@@ -44,7 +44,7 @@ def _hybrid(
 def quickstart() -> ModelConfig:
     """3.3M parameters: trains in minutes on two CPU cores.
 
-    A Mamba-2 layer costs a CPU three times what attention of this width costs, so each stands before one of these.
+    Four Mamba-2 layers of width 256 took a CPU 2.8 times what four of attention took, so there are few of them.
     """
     return _hybrid(
         "M-*-M-*-",

@@ -26,8 +26,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what XLA frees; True where that was possible.
 
     XLA:CPU takes its scratch memory anew for every step. glibc maps it from the system and gives it back each time,
-    and the page faults of that cost a small model's training step a third of its time. Must come before the first
-    thread: arenas are made with threads.
+    and the page faults of that can cost a training step a third of its time (docs/decisions/0007). Must come before the
+    first thread: arenas are made with threads.
     """
     if any(name in os.environ for _, _, name in _MALLOC):
         return False
