@@ -138,7 +138,8 @@ def _show(model: "LanguageModel", args: Args, written: Kind) -> None:
     files = [file for file in args.target.rglob("*") if file.is_file()]
     made = table("converted", "")
     made.add_row("from", str(args.source))
-    made.add_row("to", f"{args.target} ({'Hugging Face' if written == 'hf' else 'jaxllm checkpoint'})")
+    made.add_row("to", str(args.target))
+    made.add_row("kind", "Hugging Face folder" if written == "hf" else "jaxllm checkpoint")
     made.add_row("pattern", model.cfg.pattern)
     made.add_row("parameters", f"{count(parameters)} ({short(parameters)})")
     made.add_row(

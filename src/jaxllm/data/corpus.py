@@ -119,8 +119,8 @@ def split_corpus(name: str, documents: Iterable[Document], key: Callable[[Docume
 
 def _cut(document: Document) -> tuple[Document, Document]:
     name, text = document
-    place = max(1, round(len(text) * (1 - VALIDATION_SHARE)))
-    place = text.rfind("\n", 0, place) + 1 or min(place, len(text) - 1)
+    place = min(max(1, round(len(text) * (1 - VALIDATION_SHARE))), len(text) - 1)
+    place = text.rfind("\n", 0, place) + 1 or place
     return Document(f"{name}#train", text[:place]), Document(f"{name}#validation", text[place:])
 
 
