@@ -20,7 +20,7 @@ _HOMES = {
     "Precision": "jaxllm.config",
     "RopeConfig": "jaxllm.config",
     "generate": "jaxllm.generation.api",
-    "load": "jaxllm.generation.api",
+    "load": "jaxllm.generation.folders",
     "preset": "jaxllm.presets",
 }
 

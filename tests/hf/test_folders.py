@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 
 import jaxllm
 import jaxllm.hf as hf
-from jaxllm.cli.convert import open_model
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.model.functional import LanguageModel, flatten
@@ -69,7 +68,7 @@ def test_load_opens_a_folder_and_a_run_that_holds_one(folder: Any, tmp_path: Pat
     (tmp_path / "run" / "config.json").write_text(direct.cfg.to_json(), encoding="utf-8")
     shutil.copytree(source, tmp_path / "run" / "hf")
     expected = hf.load(source)
-    for model in (direct, jaxllm.load(str(tmp_path / "run")), open_model(tmp_path / "run")):
+    for model in (direct, jaxllm.load(str(tmp_path / "run"))):
         assert model.cfg == expected.cfg
         jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
 

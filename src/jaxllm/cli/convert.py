@@ -35,11 +35,6 @@ class Args:
     tokenizer: Path | None = None
 
 
-def checkpoints_in(folder: Path) -> Path | None:
-    """The folder of checkpoints that ``folder`` is or has."""
-    return next((place for place in (folder, folder / "checkpoints") if (place / "steps").is_dir()), None)
-
-
 def kind_of(source: Path) -> Kind:
     """What a folder holds.
 
@@ -48,6 +43,8 @@ def kind_of(source: Path) -> Kind:
     """
     if not source.is_dir():
         raise UserError("source", str(source), "a folder", "There is no such folder.")
+    from jaxllm.generation.folders import checkpoints_in
+
     if checkpoints_in(source) is not None:
         return "jaxllm"
     if (source / "config.json").is_file():
@@ -64,21 +61,9 @@ def read(source: Path, kind: Kind, tokenizer: Path | None) -> "LanguageModel":
     """The model in ``source`` with its tokenizer, where there is one."""
     from jaxllm import hf
     from jaxllm.data.tokenizer import Tokenizer
-    from jaxllm.model.functional import LanguageModel
+    from jaxllm.generation.folders import load_checkpoint
 
-    if kind == "hf":
-        model = hf.load(source)
-    else:
-        from jaxllm.train.checkpoint import Checkpoints
-
-        folder = checkpoints_in(source)
-        assert folder is not None
-        cfg, params, _ = Checkpoints(folder).load_params()
-        model = LanguageModel(cfg, params)
-        run = folder.parent if folder.name == "checkpoints" else folder
-        beside = next((place for place in (run, run / "hf") if (place / "tokenizer.json").is_file()), None)
-        if tokenizer is None and beside is not None:
-            tokenizer = beside
+    model = hf.load(source) if kind == "hf" else load_checkpoint(source)
     if tokenizer is not None:
         model.tokenizer = Tokenizer.load(tokenizer)
         model.chat_template = model.tokenizer.chat_template
@@ -89,18 +74,6 @@ def read(source: Path, kind: Kind, tokenizer: Path | None) -> "LanguageModel":
             f"one of at most the model's {model.cfg.vocab_size} ids; this has {model.tokenizer.vocab_size}",
         )
     return model
-
-
-def open_model(folder: Path) -> "LanguageModel":
-    """A model to use: a run's exported one, else its newest checkpoint, else what a Hugging Face folder holds.
-
-    Raises:
-        ConfigError: the folder holds no model.
-    """
-    from jaxllm.generation.api import load
-
-    exported = (folder / "hf" / "config.json").is_file()
-    return load(folder) if exported or checkpoints_in(folder) is None else read(folder, "jaxllm", None)
 
 
 def write_checkpoint(model: "LanguageModel", target: Path) -> Path:

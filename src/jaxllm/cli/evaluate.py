@@ -97,13 +97,13 @@ def _baselines(model: "LanguageModel", corpus: "Corpus", texts: Sequence[str]) -
 
 def examine(args: Args) -> dict[str, Any]:
     """Everything that eval prints, as plain JSON values."""
-    from jaxllm.cli.convert import open_model
+    from jaxllm.generation.folders import load
     from jaxllm.data.sources import load_documents
     from jaxllm.evaluate.text import score_documents
 
     corpus = load_documents(args.data)
     documents = _chosen(corpus, args.split, args.limit)
-    model = open_model(args.folder)
+    model = load(args.folder)
     started = time.perf_counter()
     score = score_documents(model, documents.texts, window=args.window, stride=args.stride)
     seconds = time.perf_counter() - started

@@ -175,10 +175,10 @@ def _show_report(timings: dict[str, Any]) -> None:
 def run(args: Args) -> int:
     """Stream the completion, or print it as JSON."""
     prompt = read_prompt(args)
-    from jaxllm.cli.convert import open_model
+    from jaxllm.generation.folders import load
 
     started = time.perf_counter()
-    model = open_model(args.folder)
+    model = load(args.folder)
     loaded = time.perf_counter() - started
     if model.tokenizer is None:
         raise UserError(

@@ -14,7 +14,8 @@ from jaxllm.config import ConfigError, positive, require
 from jaxllm.evaluate.scoring import STEP_TOKENS, score_windows
 from jaxllm.evaluate.text import prefix_token
 from jaxllm.evaluate.windows import Window
-from jaxllm.generation.api import generate, load
+from jaxllm.generation.api import generate
+from jaxllm.generation.folders import load
 from jaxllm.model.functional import LanguageModel
 
 try:

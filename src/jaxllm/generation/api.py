@@ -1,9 +1,8 @@
-"""``jaxllm.generate`` and ``jaxllm.load``."""
+"""``jaxllm.generate``."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from jaxllm.cache.state import KVCache
@@ -302,26 +301,3 @@ def _prompt_ids(cfg: ModelConfig, tokenizer: Any, prompts: Prompts) -> list[list
 
 def _is_id(value: Any) -> bool:
     return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
-
-
-def load(folder: str | Path) -> LanguageModel:
-    """A model from a Hugging Face folder, or from a run folder of ``jaxllm train`` or ``quickstart`` (its ``hf/``).
-
-    Raises:
-        ConfigError: there is neither ``config.json`` nor ``hf/config.json`` in ``folder``.
-    """
-    from jaxllm import hf
-
-    path = Path(folder)
-    # A run has a config.json of jaxllm's own beside its hf/.
-    for candidate in (path / "hf", path):
-        if (candidate / "config.json").is_file():
-            return hf.load(candidate)
-    require(path.is_dir(), "folder", str(folder), "there is no such folder")
-    require(
-        False,
-        "folder",
-        str(folder),
-        "holds neither config.json (Hugging Face) nor hf/config.json (a jaxllm run)",
-    )
-    raise AssertionError
