@@ -65,6 +65,8 @@ def test_keeps_the_newest_and_their_manifests_only(tmp_path, fresh, cfg):
     assert sorted(p.stem for p in (tmp_path / "manifests").iterdir()) == ["3", "4"]
     with pytest.raises(ValueError, match="max_to_keep=1"):
         Checkpoints(tmp_path, max_to_keep=1)
+    with pytest.raises(ConfigError, match=r"folder='.*runs \[1\]': must be a path without"):
+        Checkpoints(tmp_path / "runs [1]")
 
 
 def test_nothing_there_is_none(tmp_path, cfg, optim):

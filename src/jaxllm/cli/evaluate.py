@@ -97,9 +97,9 @@ def _baselines(model: "LanguageModel", corpus: "Corpus", texts: Sequence[str]) -
 
 def examine(args: Args) -> dict[str, Any]:
     """Everything that eval prints, as plain JSON values."""
-    from jaxllm.generation.folders import load
     from jaxllm.data.sources import load_documents
     from jaxllm.evaluate.text import score_documents
+    from jaxllm.generation.folders import load
 
     corpus = load_documents(args.data)
     documents = _chosen(corpus, args.split, args.limit)

@@ -20,6 +20,7 @@ class Args:
     Attributes:
         config: the YAML file; see --example.
         set: changes of its fields, as NAME=VALUE: --set optim.lr=3e-4 trainer.steps=500.
+        init: a folder of a model to start from, instead of the file's model: Hugging Face's or a run's.
         out: the run's folder, instead of the file's.
         resume: go on from the newest checkpoint in the run's folder.
         profile: FROM:TO, steps to trace with jax.profiler, into the run's folder.
@@ -29,6 +30,7 @@ class Args:
 
     config: Positional[Path | None] = None
     set: tuple[str, ...] = ()
+    init: Path | None = None
     out: Path | None = None
     resume: bool = False
     profile: str | None = None
@@ -63,7 +65,7 @@ def configure(args: Args) -> "TrainRun":
         )
     from jaxllm.cli.train_run import read
 
-    run = read(args.config, args.set)
+    run = read(args.config, args.set, init=args.init)
     trainer = replace(
         run.trainer,
         profile=profile or run.trainer.profile,

@@ -10,6 +10,7 @@ import yaml
 from jaxllm.cli import field_types, overrides
 from jaxllm.cli.errors import UserError
 from jaxllm.config import ConfigError, ModelConfig, decode, positive
+from jaxllm.generation.folders import load_config
 from jaxllm.presets import preset
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.settings import TrainSettings
@@ -18,6 +19,7 @@ HEADER = """\
 # A training run of jaxllm: start it with `jaxllm train FILE`. Any field can be changed on the command line:
 # --set optim.lr=3e-4 data.batch_size=16
 #   model    a preset's name, or its fields; `preset: NAME` with other fields changes those of the preset
+#   init     instead of `model`: a folder (Hugging Face's or a run's) whose weights, model and tokenizer to start from
 #   data     source: stdlib, 'texts/**/*.txt', FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME:SPLIT:COLUMN
 #   trainer  stops after `steps`, or after `seconds` of training time
 """
@@ -64,6 +66,7 @@ class TrainRun:
         optim: optimiser and schedule.
         trainer: length, evaluation, checkpoints.
         out: the run's folder.
+        init: folder of the model to start from; ``model`` is then its, but for the precision.
         fixed_vocabulary: `model.vocab_size` was given.
         fixed_precision: `model.precision` was given; otherwise it follows the device.
     """
@@ -73,15 +76,21 @@ class TrainRun:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainSettings = field(default_factory=TrainSettings)
     out: Path = Path("runs/train")
+    init: Path | None = None
     fixed_vocabulary: bool = False
     fixed_precision: bool = False
 
     def to_yaml(self) -> str:
         """The run as YAML that :func:`read` takes."""
         content = asdict(self) | {"model": self.model.to_dict(), "out": str(self.out)}
+        content["init"] = None if self.init is None else str(self.init)
         for name in ("vocabulary", "precision"):
             if not content.pop(f"fixed_{name}"):
                 content["model"].pop({"vocabulary": "vocab_size"}.get(name, name))
+        if self.init is not None:
+            content["model"] = {
+                name: content["model"][name] for name in ("precision",) if self.fixed_precision
+            }
         return HEADER + yaml.safe_dump(_plain(content), sort_keys=False)
 
 
@@ -93,6 +102,7 @@ class _Sections:
     optim: OptimConfig | None = None
     trainer: TrainSettings | None = None
     out: Path | None = None
+    init: Path | None = None
 
 
 def _plain(value: Any) -> Any:
@@ -121,12 +131,13 @@ def example() -> str:
     return HEADER + "\n" + yaml.safe_dump(EXAMPLE, sort_keys=False)
 
 
-def read(file: Path, changes: Sequence[str] = ()) -> TrainRun:
+def read(file: Path, changes: Sequence[str] = (), *, init: Path | None = None) -> TrainRun:
     """The run that a YAML file describes.
 
     Args:
         file: YAML.
         changes: ``path.to.field=value`` each.
+        init: folder of the model to start from; the file's model then says at most the precision.
 
     Raises:
         UserError: no such file, no YAML, or a change that is not NAME=VALUE.
@@ -141,6 +152,10 @@ def read(file: Path, changes: Sequence[str] = ()) -> TrainRun:
         raise UserError("config", str(file), f"a YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError("config", str(file), "YAML with the fields model, data, optim, trainer, out")
+    if init is not None:
+        model = content.pop("model", None)
+        precision = model.get("precision") if isinstance(model, dict) else None
+        content |= {"init": str(init)} | ({"model": {"precision": precision}} if precision else {})
     return build(content, changes)
 
 
@@ -151,11 +166,14 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
         content["model"] = {"preset": content["model"]}
     content = overrides.apply(content, changes)
     given = content.pop("model", None)
+    init = content.get("init")
+    if given is None and init is not None:
+        given = {}
     if given is None:
         raise ConfigError("model: missing; a preset's name or the model's fields")
     if isinstance(given, str):
         given = {"preset": given}
-    model = _model(given)
+    model = _model(given) if init is None else _initial(init, given)
     content = field_types.checked(_Sections, content)
     sections = {"data": DataConfig, "optim": OptimConfig, "trainer": TrainSettings}
     made = {name: decode(cls, content.get(name) or {}, f"{name}.") for name, cls in sections.items()}
@@ -163,7 +181,8 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
         model=model,
         **made,
         out=Path(content.get("out") or TrainRun.out),
-        fixed_vocabulary="vocab_size" in given,
+        init=None if init is None else Path(init),
+        fixed_vocabulary="vocab_size" in given or init is not None,
         fixed_precision="precision" in given,
     )
     if run.trainer.steps is None and run.trainer.seconds is None:
@@ -171,6 +190,19 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
             "trainer.steps and trainer.seconds: both missing; say when to stop with one of them"
         )
     return run
+
+
+def _initial(folder: Any, given: dict[str, Any]) -> ModelConfig:
+    """The model of ``init``; the file may say its precision and nothing else."""
+    other = sorted(set(given) - {"precision"})
+    if other:
+        raise ConfigError(
+            f"model.{other[0]}: init={str(folder)!r} has a model of its own, of which only model.precision can be "
+            "changed; leave out one of the two"
+        )
+    checked = field_types.checked(ModelConfig, given, "model.")
+    model = load_config(str(folder))
+    return decode(ModelConfig, _merge(model.to_dict(), checked), "model.")
 
 
 def _model(given: Any) -> ModelConfig:

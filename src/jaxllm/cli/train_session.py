@@ -17,7 +17,8 @@ from jaxllm.cli.validation import Validation
 from jaxllm.config import ConfigError, ModelConfig
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import PreparedData, prepare_data
-from jaxllm.model.functional import LanguageModel
+from jaxllm.generation.folders import load
+from jaxllm.model.functional import LanguageModel, Params
 from jaxllm.train.settings import FitResult
 from jaxllm.train.trainer import fit
 from jaxllm.train.writers import read_jsonl
@@ -44,8 +45,15 @@ def model_for(run: TrainRun, data: PreparedData) -> ModelConfig:
 def train(run: TrainRun) -> int:
     """Train, export and report; the exit code is 130 after Ctrl-C."""
     console = make_console()
+    initial = None if run.init is None else load(run.init)
+    tokenizer = run.data.tokenizer or (initial and initial.tokenizer)
+    if initial is not None and tokenizer is None:
+        raise ConfigError(
+            f"init={str(run.init)!r}: the folder has no tokenizer.json, and a new one would not fit the model's "
+            "embeddings; give the model's own as data.tokenizer"
+        )
     with console.status("reading the corpus, training or loading its tokenizer"):
-        data = prepare_data(run.data.source, tokenizer=run.data.tokenizer, vocab_size=run.data.vocab_size)
+        data = prepare_data(run.data.source, tokenizer=tokenizer, vocab_size=run.data.vocab_size)
     cfg = model_for(run, data)
     family = _family(cfg, console)
     total = parameter_count(cfg)
@@ -58,7 +66,8 @@ def train(run: TrainRun) -> int:
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
     data.tokenizer.save(run.out)
-    result, validation, watcher = _fit(run, cfg, data, console)
+    params = None if initial is None else initial.params
+    result, validation, watcher = _fit(run, cfg, data, console, params)
     if result.interrupted is not None:
         console.print(
             f"\nStopped at step {count(result.step)} ({result.interrupted}); everything is saved. Go on with:\n"
@@ -85,7 +94,7 @@ def _family(cfg: ModelConfig, console: Console) -> str | None:
 
 
 def _fit(
-    run: TrainRun, cfg: ModelConfig, data: PreparedData, console: Console
+    run: TrainRun, cfg: ModelConfig, data: PreparedData, console: Console, params: Params | None
 ) -> tuple[FitResult, Validation, Watcher]:
     batches = run.data
     loader = Loader(
@@ -116,6 +125,7 @@ def _fit(
             folder=run.out,
             evaluate=validation.partial,
             callbacks=[watcher],
+            params=params,
         )
     loader.close()
     return result, validation, watcher
@@ -148,7 +158,7 @@ def _close(
     rows = read_jsonl(run.out / "metrics.jsonl")
     per_step = run.data.batch_size * run.data.seq_len
     lines = {
-        kind: [(r["step"] * per_step, r[kind]) for r in rows if r.get(kind) is not None]
+        kind: [(float(r["step"] * per_step), r[kind]) for r in rows if r.get(kind) is not None]
         for kind in ("loss", "validation_loss")
     }
     draw(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxllm.config import ConfigError, require
+from jaxllm.config import ConfigError, ModelConfig, require
 from jaxllm.model.functional import LanguageModel
 
 
@@ -34,6 +34,22 @@ def load_checkpoint(folder: Path) -> LanguageModel:
     return model
 
 
+def load_config(folder: str | Path) -> ModelConfig:
+    """The configuration of the model that :func:`load` would give; no weights are read.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`load`.
+    """
+    from jaxllm import hf
+
+    place = _place(Path(folder))
+    if (place / "steps").is_dir():
+        from jaxllm.train.checkpoint import Checkpoints
+
+        return Checkpoints(place).load_config()
+    return hf.config_from_hf(hf.read_config(place))
+
+
 def load(folder: str | Path) -> LanguageModel:
     """A model from a Hugging Face folder, or from a run folder of ``jaxllm train``, ``quickstart`` or ``convert``.
 
@@ -45,15 +61,21 @@ def load(folder: str | Path) -> LanguageModel:
     """
     from jaxllm import hf
 
-    path = Path(folder)
-    require(path.is_dir(), "folder", str(folder), "there is no such folder")
-    if (path / "hf" / "config.json").is_file():
-        return hf.load(path / "hf")
+    place = _place(Path(folder))
+    return load_checkpoint(place) if (place / "steps").is_dir() else hf.load(place)
+
+
+def _place(folder: Path) -> Path:
+    """The Hugging Face folder or the folder of checkpoints that ``folder`` is or has, in the order of :func:`load`."""
+    require(folder.is_dir(), "folder", str(folder), "there is no such folder")
+    if (folder / "hf" / "config.json").is_file():
+        return folder / "hf"
     # A run has a config.json of jaxllm's own beside its checkpoints.
-    if checkpoints_in(path) is not None:
-        return load_checkpoint(path)
-    if (path / "config.json").is_file():
-        return hf.load(path)
+    checkpoints = checkpoints_in(folder)
+    if checkpoints is not None:
+        return checkpoints
+    if (folder / "config.json").is_file():
+        return folder
     raise ConfigError(
         f"folder={str(folder)!r}: holds neither config.json (Hugging Face) nor hf/ or checkpoints/ (a run of jaxllm); "
         "give the folder that has one of them"

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, require
 from jaxllm.model.functional import Params, abstract_params, flatten
 from jaxllm.train.seal import damage, seal
 from jaxllm.train.state import TrainState, master_config
@@ -73,13 +73,16 @@ class Checkpoints:
             background: False makes ``save`` return when the checkpoint is complete.
 
         Raises:
-            ValueError: ``max_to_keep`` is below 2.
+            ValueError: ``max_to_keep`` is below 2, or the path has a bracket (ConfigError).
         """
         if max_to_keep < 2:
             raise ValueError(
                 f"max_to_keep={max_to_keep}: must be at least 2, so that a save never replaces the only one"
             )
         self.folder = Path(folder).absolute()
+        # Orbax looks for its parts with a glob over the whole path: below such a folder it finds none, and a checkpoint
+        # that cannot be read comes out without an error.
+        require("[" not in str(self.folder), "folder", str(self.folder), "must be a path without '['")
         self.max_to_keep = max_to_keep
         self.background = background
         self._manager: Any = None
@@ -227,23 +230,32 @@ class Checkpoints:
         treedef = jax.tree_util.tree_structure(target)
         return Restored(step, jax.tree_util.tree_unflatten(treedef, [leaves[name] for name in names]), meta)
 
+    def _sound_meta(self) -> tuple[Path, dict[str, Any]]:
+        step = self._newest_sound(repair=False)
+        if step is None:
+            raise CheckpointError(
+                f"no usable checkpoint in {self._steps}; train first, or give the folder of a run"
+            )
+        return self._steps / str(step), read_meta(self._steps / str(step))
+
+    def load_config(self) -> ModelConfig:
+        """The model of the newest sound checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return ModelConfig.from_dict(self._sound_meta()[1]["model"])
+
     def load_params(self) -> tuple[ModelConfig, Params, dict[str, Any]]:
         """(configuration, parameters, meta) of the newest sound checkpoint; reads no optimiser state.
 
         Raises:
             CheckpointError: there is none.
         """
-        step = self._newest_sound(repair=False)
-        if step is None:
-            raise CheckpointError(
-                f"no usable checkpoint in {self._steps}; train first, or give the folder of a run"
-            )
-        meta = read_meta(self._steps / str(step))
+        folder, meta = self._sound_meta()
         cfg = ModelConfig.from_dict(meta["model"])
         target = abstract_params(master_config(cfg))
-        leaves = read_arrays(
-            self._steps / str(step), {PARAMS + name: leaf for name, leaf in flatten(target).items()}
-        )
+        leaves = read_arrays(folder, {PARAMS + name: leaf for name, leaf in flatten(target).items()})
         treedef = jax.tree_util.tree_structure(target)
         params = jax.tree_util.tree_unflatten(treedef, [leaves[PARAMS + name] for name in flatten(target)])
         # Masters are float32; some parameters stay so whatever the precision.
