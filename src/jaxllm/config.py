@@ -218,6 +218,23 @@ class MLPConfig:
 
 
 @dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction (arXiv 2512.20856, section 3).
+
+    Attributes:
+        pattern: letters of one prediction block; the mixers' settings are the model's.
+        blocks: blocks in the checkpoint; a single one serves every depth, otherwise block k serves depth k.
+    """
+
+    pattern: str = "*E"
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        positive(**{"mtp.blocks": self.blocks})
+        require(bool(self.pattern), "mtp.pattern", self.pattern, "must have at least one letter")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A hybrid decoder: one residual sub-block ``h + mixer(RMSNorm(h))`` per letter of ``pattern``.
 
@@ -228,6 +245,7 @@ class ModelConfig:
         mamba: needed by M.
         attention: needed by * and W.
         mlp: needed by -.
+        mtp: multi-token prediction, or None.
         norm_eps: epsilon of every RMSNorm.
         norm_cast: "last": the norm's weight is multiplied in float32 and the product cast (Nemotron-H); "first": cast,
             then multiply (Llama). They differ below float32 only.
@@ -242,6 +260,7 @@ class ModelConfig:
     mamba: MambaConfig | None = None
     attention: AttentionConfig | None = None
     mlp: MLPConfig | None = None
+    mtp: MTPConfig | None = None
     norm_eps: float = 1e-5
     norm_cast: Literal["last", "first"] = "last"
     tie_embeddings: bool = False
@@ -251,23 +270,32 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive(vocab_size=self.vocab_size, hidden_size=self.hidden_size)
         require(bool(self.pattern), "pattern", self.pattern, "must have at least one letter")
-        unknown = sorted(set(self.pattern) - set(LETTERS))
+        patterns = {"pattern": self.pattern} | ({} if self.mtp is None else {"mtp.pattern": self.mtp.pattern})
         known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
-        require(
-            not unknown,
-            "pattern",
-            self.pattern,
-            f"unknown letter {', '.join(unknown)}; known letters are {known}",
-        )
-        for letters, name in (("M", "mamba"), ("*W", "attention"), ("-", "mlp")):
-            if set(letters) & set(self.pattern):
-                require(getattr(self, name) is not None, name, None, f"the pattern {self.pattern!r} needs it")
-        if "W" in self.pattern:
+        for field_name, pattern in patterns.items():
+            unknown = sorted(set(pattern) - set(LETTERS))
+            require(
+                not unknown,
+                field_name,
+                pattern,
+                f"unknown letter {', '.join(unknown)}; known letters are {known}",
+            )
+            for letters, name in (("M", "mamba"), ("*W", "attention"), ("-", "mlp")):
+                if set(letters) & set(pattern):
+                    require(
+                        getattr(self, name) is not None, name, None, f"the {field_name} {pattern!r} needs it"
+                    )
+        if "W" in "".join(patterns.values()):
             window = self.attention.window if self.attention else None
             require(window is not None, "attention.window", window, "the letter W needs a window")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         require(self.norm_cast in ("last", "first"), "norm_cast", self.norm_cast, "last or first")
         require(self.init_std > 0, "init_std", self.init_std, "must be positive")
+
+    @property
+    def letters(self) -> str:
+        """Every sub-block's letter, those of the prediction blocks after the model's own."""
+        return self.pattern if self.mtp is None else self.pattern + self.mtp.pattern * self.mtp.blocks
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, validated again."""

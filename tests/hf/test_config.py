@@ -99,7 +99,7 @@ def test_qwen_windows() -> None:
         ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act"),
         ("nemotron_h", {"attention_bias": True}, "attention_bias=True"),
         ("nemotron_h", {"sliding_window": 64}, "sliding_window=64"),
-        ("nemotron_h", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
+        ("nemotron_h", {"num_nextn_predict_layers": 1}, "mtp_hybrid_override_pattern"),
         ("nemotron_h", {"time_step_limit": [0.1]}, "time_step_limit"),
         ("nemotron_h", {"vocab_size": None}, "vocab_size: missing"),
         ("mamba2", {"expand": 3}, "expand=3"),

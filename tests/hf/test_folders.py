@@ -18,7 +18,7 @@ import jaxllm
 import jaxllm.hf as hf
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.model.functional import LanguageModel, flatten
+from jaxllm.model.functional import LanguageModel, flatten, init_params
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +214,32 @@ def test_tokenizer_and_template_travel_along(folder: Any, tmp_path: Path) -> Non
     assert again.tokenizer.encode("question") == model.tokenizer.encode("question")
     ids = hf.read_generation_config(out)
     assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_prediction_blocks_are_stored_under_their_names(folder: Any, tmp_path: Path, blocks: int) -> None:
+    """As Megatron's exporter names them; transformers leaves them out when it loads."""
+    config = json.loads((folder() / "config.json").read_text())
+    cfg = hf.config_from_hf(
+        config | {"num_nextn_predict_layers": blocks, "mtp_layers_block_type": ["attention", "mlp"]}
+    )
+    assert cfg.mtp is not None and (cfg.mtp.pattern, cfg.mtp.blocks) == ("*-", blocks)
+    model = LanguageModel(cfg, init_params(cfg))
+    hf.save(model, tmp_path / "a")
+    stored = content(tmp_path / "a")
+    shapes = {name: entry[1] for name, entry in stored.items() if name.startswith("mtp.")}
+    d, first, last = cfg.hidden_size, 2 * (blocks - 1), 2 * blocks - 1
+    assert shapes[f"mtp.layers.{first}.eh_proj.weight"] == (d, 2 * d)
+    for name in ("enorm", "hnorm", "norm"):
+        assert shapes[f"mtp.layers.{first}.{name}.weight"] == (d,)
+    assert shapes[f"mtp.layers.{first}.mixer.o_proj.weight"][0] == d
+    assert shapes[f"mtp.layers.{last}.final_layernorm.weight"] == (d,)
+    assert shapes[f"mtp.layers.{last}.mixer.down_proj.weight"][0] == d
+    assert len(shapes) == blocks * 12
+    again = hf.load(tmp_path / "a")
+    assert again.cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    hf.save(again, tmp_path / "b")
+    assert content(tmp_path / "b") == stored
+    with pytest.raises(jaxllm.ConfigError, match="the family has no multi-token prediction"):
+        hf.config_to_hf(cfg, "mamba2")

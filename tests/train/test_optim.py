@@ -95,7 +95,7 @@ def state_of_params(params, optim):
 
 
 def sums(weight=1.0, nats=1.0):
-    return LossSums(jnp.float32(nats), jnp.float32(weight), jnp.float32(0), jnp.float32(0))
+    return LossSums(jnp.float32(nats), jnp.float32(weight), jnp.float32(0), jnp.float32(0), jnp.float32(0))
 
 
 def test_clipping_is_optax_and_reports_the_norm_before():

@@ -147,7 +147,7 @@ def test_batches_without_targets_are_refused(cfg):
     with pytest.raises(ValueError, match=r"batch\.targets=None"):
         grads_of(cfg, init_params(cfg), batch.replace(targets=None))
     deep = np.repeat(batch.targets, 2, axis=2)
-    with pytest.raises(ValueError, match="2 prediction depths"):
+    with pytest.raises(ValueError, match="2 steps ahead; this model is trained on 1"):
         grads_of(cfg, init_params(cfg), batch.replace(targets=deep))
 
 

@@ -5,13 +5,15 @@ from math import prod
 
 from jaxllm.config import LETTERS, ModelConfig
 
+MTP = "multi-token prediction"
+
 
 @dataclass(frozen=True)
 class Part:
     """One kind of block.
 
     Attributes:
-        name: "embedding", a mixer's or FFN's name, "norms" or "head".
+        name: "embedding", a mixer's or FFN's name, "norms", "head" or "multi-token prediction".
         blocks: how many there are.
         parameters: of all of them together.
     """
@@ -32,11 +34,12 @@ def parts(cfg: ModelConfig) -> list[Part]:
         if path[0] == "layers" and path[2] == "mixer":
             part = LETTERS[cfg.pattern[int(path[1])]]
         else:
-            part = {"embed": "embedding", "lm_head": "head"}.get(path[0], "norms")
+            part = {"embed": "embedding", "lm_head": "head", "mtp": MTP}.get(path[0], "norms")
         totals[part] = totals.get(part, 0) + prod(leaf.shape)
         norms += part == "norms"
-    order = ["embedding", *LETTERS.values(), "norms", "head"]
+    order = ["embedding", *LETTERS.values(), "norms", "head", MTP]
     blocks = {name: cfg.pattern.count(letter) for letter, name in LETTERS.items()} | {"norms": norms}
+    blocks |= {} if cfg.mtp is None else {MTP: cfg.mtp.blocks}
     found = [Part(name, blocks.get(name, 1), totals[name]) for name in order if name in totals]
     return [*found, Part("head (the embedding transposed)", 1, 0)] if cfg.tie_embeddings else found
 

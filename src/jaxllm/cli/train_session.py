@@ -102,6 +102,7 @@ def _fit(
         batches.batch_size,
         batches.seq_len,
         seed=batches.seed,
+        depths=1 + run.trainer.step.depths(cfg),
         prefetch=batches.prefetch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

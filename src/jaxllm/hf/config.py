@@ -102,6 +102,8 @@ def config_to_hf(cfg: ModelConfig, family: str) -> dict[str, Any]:
         "use_cache": True,
     }
     try:
+        if cfg.mtp is not None and family != "nemotron_h":
+            raise ConfigError(f"mtp={cfg.mtp}: the family has no multi-token prediction")
         return head | common | FAMILIES[family].write(cfg)
     except ConfigError as error:
         raise ConfigError(f"{family} cannot express this model: {error}") from None

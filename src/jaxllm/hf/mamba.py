@@ -4,7 +4,15 @@ import math
 import warnings
 from typing import Any
 
-from jaxllm.config import AttentionConfig, ConfigError, MambaConfig, MLPConfig, ModelConfig, require
+from jaxllm.config import (
+    AttentionConfig,
+    ConfigError,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MTPConfig,
+    require,
+)
 from jaxllm.hf.fields import Fields, number
 
 LETTER_OF_BLOCK = {
@@ -21,18 +29,34 @@ LETTER_OF_BLOCK = {
 NO_CLAMP = 1e-30
 
 
-def _pattern(fields: Fields) -> str:
-    """The pattern string, from the string or the list of block types."""
-    text: str | None = fields.get("hybrid_override_pattern")
-    blocks = fields.get("layers_block_type", old=("layer_types",))
+def _letters(fields: Fields, name: str, listed_name: str, old: tuple[str, ...] = ()) -> str:
+    """A pattern, from the string or the list of block types."""
+    text: str | None = fields.get(name)
+    blocks = fields.get(listed_name, old=old)
     if blocks is not None:
         unknown = sorted(set(blocks) - set(LETTER_OF_BLOCK))
-        require(not unknown, "layers_block_type", unknown, f"known are {', '.join(LETTER_OF_BLOCK)}")
+        require(not unknown, listed_name, unknown, f"known are {', '.join(LETTER_OF_BLOCK)}")
         listed = "".join(LETTER_OF_BLOCK[block] for block in blocks)
-        require(text in (None, listed), "hybrid_override_pattern", text, f"layers_block_type says {listed!r}")
+        require(text in (None, listed), name, text, f"{listed_name} says {listed!r}")
         text = listed
     if text is None:
-        raise ConfigError("hybrid_override_pattern: missing; give it or layers_block_type")
+        raise ConfigError(f"{name}: missing; give it or {listed_name}")
+    return text
+
+
+def _mtp(fields: Fields) -> MTPConfig | None:
+    """Prediction blocks, which transformers' class leaves out and the checkpoint has."""
+    blocks = fields.get("num_nextn_predict_layers", 0)
+    if blocks == 0:
+        fields.skip("mtp_layers_block_type", "mtp_hybrid_override_pattern")
+        return None
+    pattern = _letters(fields, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
+    return MTPConfig(pattern=pattern, blocks=blocks)
+
+
+def _pattern(fields: Fields) -> str:
+    """The main pattern; warns where the number of layers says otherwise."""
+    text = _letters(fields, "hybrid_override_pattern", "layers_block_type", ("layer_types",))
     require(
         "E" not in text, "hybrid_override_pattern", text, "the letter E (mixture of experts) is not supported"
     )
@@ -105,19 +129,17 @@ def read_nemotron_h(fields: Fields) -> ModelConfig:
     ``expand`` and the rope fields are there but the forward pass reads neither; ``residual_in_fp32`` is ignored by
     every implementation; the clamp of dt is ``time_step_limit`` (as trained), not transformers' ``time_step_min``.
     """
-    pattern = _pattern(fields)
+    pattern, mtp = _pattern(fields), _mtp(fields)
+    letters = pattern + (mtp.pattern if mtp is not None else "")
     fields.only("mamba_hidden_act", "silu", "the convolution's activation is silu")
     fields.only("mlp_hidden_act", "relu2", "the MLP's activation is relu2")
     fields.only("attention_bias", False, "attention has no biases")
     fields.only("mamba_proj_bias", False, "projection biases are named use_bias")
     fields.only("sliding_window", None, "attention has no window")
-    fields.only("num_nextn_predict_layers", 0, "multi-token prediction heads are not loaded")
     fields.skip(
         "expand", "mamba_expand", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters"
     )
-    fields.skip(
-        "residual_in_fp32", "mamba_ssm_cache_dtype", "mtp_layers_block_type", "mtp_hybrid_override_pattern"
-    )
+    fields.skip("residual_in_fp32", "mamba_ssm_cache_dtype")
     # Without the letter E none of these has a layer to act on.
     fields.skip(
         "n_routed_experts", "num_local_experts", "n_shared_experts", "moe_intermediate_size", "topk_group"
@@ -133,9 +155,10 @@ def read_nemotron_h(fields: Fields) -> ModelConfig:
         vocab_size=fields.need("vocab_size"),
         hidden_size=fields.need("hidden_size"),
         pattern=pattern,
-        mamba=_mamba(fields) if "M" in pattern else None,
-        attention=_attention(fields) if "*" in pattern else None,
-        mlp=_mlp(fields) if "-" in pattern else None,
+        mamba=_mamba(fields) if "M" in letters else None,
+        attention=_attention(fields) if "*" in letters else None,
+        mlp=_mlp(fields) if "-" in letters else None,
+        mtp=mtp,
         norm_eps=fields.get("layer_norm_epsilon", 1e-5, old=("rms_norm_eps",)),
         norm_cast="last",
         tie_embeddings=fields.get("tie_word_embeddings", False),
@@ -145,12 +168,12 @@ def read_nemotron_h(fields: Fields) -> ModelConfig:
 
 def _plain(cfg: ModelConfig, *, norm_cast: str, letters: str) -> None:
     """Refuse what neither family has."""
-    foreign = sorted(set(cfg.pattern) - set(letters))
+    foreign = sorted(set(cfg.letters) - set(letters))
     require(
         not foreign, "pattern", cfg.pattern, f"has {', '.join(foreign)}; the family has {', '.join(letters)}"
     )
     require(cfg.norm_cast == norm_cast, "norm_cast", cfg.norm_cast, f"the family's is {norm_cast!r}")
-    m = cfg.mamba if "M" in cfg.pattern else None
+    m = cfg.mamba if "M" in cfg.letters else None
     if m is not None:
         require(
             m.gate_groups == m.n_groups,
@@ -174,10 +197,13 @@ def write_nemotron_h(cfg: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": cfg.norm_eps,
         "residual_in_fp32": False,
         "attention_bias": False,
+        "num_nextn_predict_layers": 0 if cfg.mtp is None else cfg.mtp.blocks,
         # For servers that ask for a longest sequence; nothing in the model depends on it.
         "max_position_embeddings": 131072,
     }
-    if cfg.mamba is not None and "M" in cfg.pattern:
+    if cfg.mtp is not None:
+        out["mtp_hybrid_override_pattern"] = cfg.mtp.pattern
+    if cfg.mamba is not None and "M" in cfg.letters:
         m = cfg.mamba
         out |= {
             "mamba_num_heads": m.num_heads,
@@ -198,7 +224,7 @@ def write_nemotron_h(cfg: ModelConfig) -> dict[str, Any]:
                 f"mamba.dt_limit={m.dt_limit}: transformers' NemotronHForCausalLM ignores the upper limit of dt",
                 stacklevel=4,
             )
-    if cfg.attention is not None and "*" in cfg.pattern:
+    if cfg.attention is not None and "*" in cfg.letters:
         a = cfg.attention
         for name, none in (("rope", None), ("qk_norm", False), ("qkv_bias", False), ("out_bias", False)):
             require(
@@ -209,7 +235,7 @@ def write_nemotron_h(cfg: ModelConfig) -> dict[str, Any]:
             "num_key_value_heads": a.num_kv_heads,
             "head_dim": a.head_dim,
         }
-    if cfg.mlp is not None and "-" in cfg.pattern:
+    if cfg.mlp is not None and "-" in cfg.letters:
         require(cfg.mlp.activation == "relu2", "mlp.activation", cfg.mlp.activation, "the family's is relu2")
         out |= {
             "intermediate_size": cfg.mlp.intermediate_size,

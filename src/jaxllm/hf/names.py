@@ -92,9 +92,26 @@ class Stored:
     layout: Layout
 
 
-def _rule(path: str, pattern: str, family: str) -> tuple[str, Layout]:
+def _mtp_rule(path: str, length: int) -> tuple[str, Layout]:
+    """``mtp.1.layers.0.norm.weight`` is stored as ``mtp.layers.2.norm.weight`` where a block has two letters.
+
+    The norms and the projection before a block are stored with its first letter, the norm after it with its last.
+    """
+    _, number, rest = path.split(".", 2)
+    first = int(number) * length
+    if rest.startswith("layers."):
+        _, inner, rest = rest.split(".", 2)
+        name, layout = HYBRID_LAYER[rest]
+        return f"mtp.layers.{first + int(inner)}.{name}", layout
+    index = first + length - 1 if rest.startswith("final_layernorm.") else first
+    return f"mtp.layers.{index}.{rest}", FLIP if rest == "eh_proj.weight" else SAME
+
+
+def _rule(path: str, cfg: ModelConfig, family: str) -> tuple[str, Layout]:
     """(stored name, layout) of our parameter ``path``."""
-    hybrid = family in HYBRIDS
+    hybrid, pattern = family in HYBRIDS, cfg.pattern
+    if path.startswith("mtp.") and cfg.mtp is not None:
+        return _mtp_rule(path, len(cfg.mtp.pattern))
     if not path.startswith("layers."):
         return (HYBRID_MODEL if hybrid else TRANSFORMER_MODEL)[path]
     _, number, rest = path.split(".", 2)
@@ -111,7 +128,7 @@ def tensor_names(cfg: ModelConfig, family: str) -> dict[str, Stored]:
     """Every parameter of ``cfg`` by dotted path (as :func:`jaxllm.model.functional.flatten` gives it): its place."""
     out = {}
     for path, leaf in flatten(abstract_params(cfg)).items():
-        name, layout = _rule(path, cfg.pattern, family)
+        name, layout = _rule(path, cfg, family)
         out[path] = Stored(name, tuple(layout.shape(leaf.shape)), layout)
     return out
 

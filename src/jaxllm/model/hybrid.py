@@ -10,12 +10,13 @@ from jaxtyping import Array, Float
 from jaxllm.axes import Axis
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import Cache
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, require
 from jaxllm.linear import Context, linear
 from jaxllm.model.attention import Attention
 from jaxllm.model.layers import Embedding, Linear, RMSNorm
 from jaxllm.model.mamba import Mamba
 from jaxllm.model.mlp import MLP
+from jaxllm.model.mtp import MTP
 from pallas_kernels.precision import contract
 
 Aux = dict[str, Any]
@@ -68,6 +69,8 @@ class HybridLM(nnx.Module):
             else Linear(embed, vocab, bias=False, std=cfg.init_std, dtype=dtype, rngs=rngs)
         )
 
+        self.mtp = None if cfg.mtp is None else nnx.List([_mtp(cfg, rngs) for _ in range(cfg.mtp.blocks)])
+
     def context(self, **changes: Any) -> Context:
         """A context in the model's own precision."""
         return Context(precision=self.cfg.precision, **changes)
@@ -97,6 +100,32 @@ class HybridLM(nnx.Module):
         aux = {"hidden": jnp.stack(taps)} if "hidden" in ctx.taps else {}
         return self.norm_f(h), Cache(layers=tuple(states)), aux
 
+    def predict(
+        self, h: Float[Array, "B T D"], batch: PackedBatch, ctx: Context | None = None, *, depth: int = 1
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of the next prediction depth; ``head`` gives the logits of the token after ``batch.tokens``.
+
+        In training ``batch`` holds the tokens ``depth`` steps ahead. A draft is the same call on one token per row,
+        the one that was sampled last, with the hidden state that it was sampled from: it sees no other position.
+
+        Args:
+            h: hidden states of the depth before (of :meth:`hidden` or :meth:`extend` for depth 1).
+            batch: the tokens that this depth reads, at the positions of ``h``.
+            ctx: as everywhere.
+            depth: from 1.
+
+        Raises:
+            ConfigError: the model has no prediction blocks, or none for this depth.
+        """
+        blocks = 0 if self.mtp is None else len(self.mtp)
+        require(blocks > 0, "mtp", None, "the model has no multi-token prediction")
+        deepest = "1 or more" if blocks == 1 else f"1 to {blocks}"
+        require(depth >= 1 and (blocks == 1 or depth <= blocks), "depth", depth, f"must be {deepest}")
+        assert self.mtp is not None
+        ctx = ctx or self.context()
+        block = self.mtp[0 if blocks == 1 else depth - 1]
+        return block(h, self.embed(batch.tokens, ctx), batch, ctx)[0]
+
     def head(self, h: Float[Array, "B T D"], ctx: Context | None = None) -> Float[Array, "B T V"]:
         """Logits in float32."""
         ctx = ctx or self.context()
@@ -111,6 +140,11 @@ class HybridLM(nnx.Module):
     def __call__(self, batch: PackedBatch, ctx: Context | None = None) -> Float[Array, "B T V"]:
         h, _ = self.hidden(batch, ctx)
         return self.head(h, ctx)
+
+
+def _mtp(cfg: ModelConfig, rngs: nnx.Rngs) -> MTP:
+    assert cfg.mtp is not None
+    return MTP(cfg, [Block(cfg, letter, rngs=rngs) for letter in cfg.mtp.pattern], rngs=rngs)
 
 
 def _checkpointed(block: Block, ctx: Context) -> Any:

@@ -25,6 +25,7 @@ class StepEvent:
         accuracy: of the next token, in [0, 1].
         grad_norm: before clipping.
         lr: learning rate.
+        mtp_loss: nats per token, mean of the multi-token prediction depths; 0 without them.
         tokens: scored tokens of this step.
         skipped: updates left out so far.
         tokens_seen: scored tokens since step 0.
@@ -44,6 +45,7 @@ class StepEvent:
     accuracy: float
     grad_norm: float
     lr: float
+    mtp_loss: float
     tokens: int
     skipped: int
     tokens_seen: int

@@ -28,12 +28,14 @@ class LossSums(NamedTuple):
         weight: f32[]; sum of the weights of the scored tokens.
         z: f32[]; weighted sum of logsumexp(logits)^2.
         correct: f32[]; weighted count of targets that were the arg max.
+        mtp: f32[]; weighted sum of the mean loss of the multi-token prediction depths.
     """
 
     nats: Array
     weight: Array
     z: Array
     correct: Array
+    mtp: Array
 
 
 class _Spec(NamedTuple):
@@ -63,6 +65,7 @@ def _score(logits_BCV, targets_BC, weights_BC):
         weight=jnp.sum(weights_BC),
         z=jnp.sum(weights_BC * jnp.square(lse)),
         correct=jnp.sum(weights_BC * (picked >= top)),
+        mtp=jnp.zeros((), jnp.float32),
     )
     return sums, lse, hit
 

@@ -96,7 +96,7 @@ class Reporter:
         if self._peak is not None:
             mfu = speed * training_flops_per_token(self.cfg, self.shape[1]) / self._peak
         stats = jax.local_devices()[0].memory_stats() or {}
-        names = ("loss", "z_loss", "accuracy", "grad_norm", "lr")
+        names = ("loss", "z_loss", "accuracy", "grad_norm", "lr", "mtp_loss")
         self.last = StepEvent(
             step=pending.step,
             **{name: float(getattr(metrics, name)) for name in names},

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxllm.config import ModelConfig, positive, require
 from jaxllm.linear import Context
 from jaxllm.model.functional import Params, merge
 from jaxllm.train.loss import CHUNK, LossSums, cross_entropy
+from jaxllm.train.mtp import prediction_loss
 from jaxllm.train.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.train.state import Leaf, TrainPlan, TrainState
 
@@ -27,6 +29,8 @@ class StepSettings:
         z_loss: weight of logsumexp(logits)^2.
         loss_chunk: tokens whose logits exist at once.
         implementation: of the kernels.
+        mtp_depths: tokens further ahead that prediction blocks are trained on; None: one for each block.
+        mtp_scale: weight of the mean of their losses (arXiv 2512.20856: 0.3).
     """
 
     accum_steps: int = 1
@@ -34,11 +38,33 @@ class StepSettings:
     z_loss: float = 0.0
     loss_chunk: int = CHUNK
     implementation: str = "auto"
+    mtp_depths: int | None = None
+    mtp_scale: float = 0.3
 
     def __post_init__(self) -> None:
         positive(accum_steps=self.accum_steps, loss_chunk=self.loss_chunk)
+        if self.mtp_depths is not None:
+            positive(mtp_depths=self.mtp_depths)
+        require(self.mtp_scale >= 0, "mtp_scale", self.mtp_scale, "must be at least 0")
         require(self.remat in ("none", "layer", "dots"), "remat", self.remat, "none, layer or dots")
         require(self.z_loss >= 0, "z_loss", self.z_loss, "must be at least 0")
+
+    def depths(self, cfg: ModelConfig) -> int:
+        """Prediction depths beside the next token; 0 for a model without prediction blocks.
+
+        Raises:
+            ConfigError: the model has a block for each depth, and not this many.
+        """
+        if cfg.mtp is None:
+            return 0
+        depths = self.mtp_depths or cfg.mtp.blocks
+        require(
+            cfg.mtp.blocks in (1, depths),
+            "mtp_depths",
+            self.mtp_depths,
+            f"must be None or {cfg.mtp.blocks}, one for each of the model's prediction blocks",
+        )
+        return depths
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +78,7 @@ class Metrics:
         accuracy: share of targets that were the arg max.
         grad_norm: global norm of the mean gradient before clipping.
         lr: learning rate.
+        mtp_loss: nats per token, mean of the multi-token prediction depths; 0 without them.
         tokens: i32[]; scored tokens (weights above zero count as one).
         skipped: i32[]; updates left out so far.
         consecutive_skips: i32[]; those since the last update; above 0: this one was left out.
@@ -62,26 +89,43 @@ class Metrics:
     accuracy: Leaf
     grad_norm: Leaf
     lr: Leaf
+    mtp_loss: Leaf
     tokens: Leaf
     skipped: Leaf
     consecutive_skips: Leaf
 
 
 def batch_loss(
-    cfg: ModelConfig, params: Params, batch: PackedBatch, settings: StepSettings, rng: Any = None
+    cfg: ModelConfig,
+    params: Params,
+    batch: PackedBatch,
+    settings: StepSettings,
+    rng: Any = None,
+    *,
+    depths: int | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Summed objective of a batch and its parts.
 
+    Args:
+        cfg: model.
+        params: its parameters.
+        batch: with targets.
+        settings: of the step.
+        rng: for stochastic weights.
+        depths: prediction depths beside the next token; None: those of ``settings``.
+
     Raises:
-        ValueError: the batch has no targets, or more than one prediction depth.
+        ValueError: the batch has no targets, or not those of every depth that is trained.
     """
     if batch.targets is None:
         raise ValueError(
             "batch.targets=None: training needs i32[B, T, 1] targets; make batches with a Loader"
         )
-    if batch.targets.shape[-1] != 1:
+    depths = settings.depths(cfg) if depths is None else depths
+    if batch.targets.shape[-1] != 1 + depths:
         raise ValueError(
-            f"batch.targets: {batch.targets.shape[-1]} prediction depths; this model predicts one, use depths=1"
+            f"batch.targets: {batch.targets.shape[-1]} steps ahead; this model is trained on {1 + depths}, make batches "
+            f"with Loader(depths={1 + depths})"
         )
     model = merge(cfg, params)
     ctx = Context(
@@ -89,16 +133,23 @@ def batch_loss(
     )
     h, _ = model.hidden(batch, ctx)
     w = model.embed.weight[...] if model.lm_head is None else model.lm_head.weight.get_value()
-    return cross_entropy(
-        h,
-        w,
-        batch.targets[..., 0],
-        batch.loss_mask,
+    score = partial(
+        _score,
+        w=w,
         tied=model.lm_head is None,
         z_loss=settings.z_loss,
         precision=cfg.precision,
         chunk=settings.loss_chunk,
     )
+    objective, sums = score(h, batch.targets[..., 0], batch.loss_mask)
+    if depths:
+        further, nats = prediction_loss(model, h, batch, ctx, score, sums, depths)
+        objective, sums = objective + settings.mtp_scale * further, sums._replace(mtp=nats)
+    return objective, sums
+
+
+def _score(h: Any, targets: Any, loss_mask: Any, *, w: Any, **options: Any) -> tuple[jax.Array, LossSums]:
+    return cross_entropy(h, w, targets, loss_mask, **options)
 
 
 def _microbatches(batch: PackedBatch, count: int) -> PackedBatch:
@@ -170,6 +221,7 @@ def apply_gradients(
         accuracy=sums.correct / weight,
         grad_norm=norm,
         lr=lr,
+        mtp_loss=sums.mtp / weight,
         tokens=jnp.zeros((), jnp.int32),
         skipped=state.skipped,
         consecutive_skips=state.consecutive_skips,
@@ -225,10 +277,10 @@ def make_train_step(
 
 
 def make_eval_step(cfg: ModelConfig, settings: StepSettings | None = None) -> Any:
-    """The compiled ``(params, batch) -> LossSums``; add the sums of several batches, then divide by ``weight``."""
+    """The compiled ``(params, batch) -> LossSums`` of the next token; add up batches, then divide by ``weight``."""
     settings = settings or StepSettings()
 
     def eval_step(params: Params, batch: PackedBatch) -> LossSums:
-        return batch_loss(cfg, params, batch, settings)[1]
+        return batch_loss(cfg, params, batch, settings, depths=0)[1]
 
     return jax.jit(eval_step)

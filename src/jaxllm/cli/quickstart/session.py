@@ -34,6 +34,7 @@ from jaxllm.train.memory import estimate_training_memory
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.settings import FitResult, TrainSettings
 from jaxllm.train.state import master_config
+from jaxllm.train.step import StepSettings
 from jaxllm.train.trainer import fit
 
 MINUTES = 5.0
@@ -72,7 +73,7 @@ class Session:
             cfg = self._model(data)
             validation, compiled = self._validation(cfg, data)
         with self._stage("training", f"Training for {self.record.minutes:g} minutes"):
-            loader = self._loader(data)
+            loader = self._loader(cfg, data)
             result, watcher = self._train(cfg, data, loader, validation)
         if result.interrupted is not None:
             self._how_to_go_on(result)
@@ -194,9 +195,10 @@ class Session:
         )
         return validation, compiled
 
-    def _loader(self, data: PreparedData) -> Loader:
-        settings = self.record.settings
-        return Loader(data.train, settings.batch_size, settings.seq_len, seed=self.record.seed, prefetch=2)
+    def _loader(self, cfg: ModelConfig, data: PreparedData) -> Loader:
+        settings, depths = self.record.settings, 1 + StepSettings().depths(cfg)
+        rows = settings.batch_size, settings.seq_len
+        return Loader(data.train, *rows, seed=self.record.seed, depths=depths, prefetch=2)
 
     def _train(
         self, cfg: ModelConfig, data: PreparedData, loader: Loader, validation: Validation
