@@ -12,6 +12,7 @@ from types import ModuleType
 IMPLEMENTATIONS = {
     "attention": ("xla", "reference"),
     "causal_conv": ("xla", "reference"),
+    "grouped_matmul": ("xla", "reference"),
     "ssd": ("xla", "reference"),
 }
 
