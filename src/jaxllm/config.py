@@ -1,7 +1,7 @@
 """Model configuration: frozen dataclasses, validated on construction, with a JSON round trip.
 
 A model is a pattern string with one residual sub-block per letter: ``M`` Mamba-2, ``*`` attention, ``W`` sliding-window
-attention, ``-`` MLP. A Llama layer is ``*-``.
+attention, ``-`` MLP, ``E`` mixture of experts. A Llama layer is ``*-``, a Mixtral layer ``*E``.
 """
 
 import json
@@ -11,7 +11,13 @@ import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
-LETTERS = {"M": "Mamba-2", "*": "attention", "W": "sliding-window attention", "-": "MLP"}
+LETTERS = {
+    "M": "Mamba-2",
+    "*": "attention",
+    "W": "sliding-window attention",
+    "-": "MLP",
+    "E": "mixture of experts",
+}
 
 
 class ConfigError(ValueError):
@@ -235,16 +241,93 @@ class MTPConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Sparse mixture of experts (Nemotron 3, arXiv 2512.20848 and 2512.20856; DeepSeek-V3, 2412.19437; Mixtral, 2401.04088).
+
+    Attributes:
+        num_experts: E; routed experts.
+        top_k: experts of each token.
+        intermediate_size: F of each routed expert.
+        shared_intermediate_size: width of the MLP that every token goes through besides; None (or 0): there is none.
+        activation: of all experts, as in :class:`MLPConfig`.
+        router: "sigmoid" scores each expert by itself, "softmax" all of them together.
+        correction_bias: a bias per expert is added to the scores to select by, not to those to combine by; training
+            moves it towards an even load, without a gradient (arXiv 2408.15664).
+        norm_topk: the chosen scores are divided by their sum.
+        scaling: factor of the combined experts, after ``norm_topk``.
+        n_groups: groups of consecutive experts of which ``topk_groups`` may be chosen from (DeepSeek-V3).
+        topk_groups: those with the largest sum of their two best scores.
+        latent_size: width in which the routed experts work, between two projections that they share (LatentMoE); None:
+            the hidden size, without projections.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int | None = None
+    activation: Literal["relu2", "swiglu"] = "relu2"
+    router: Literal["sigmoid", "softmax"] = "sigmoid"
+    correction_bias: bool = True
+    norm_topk: bool = True
+    scaling: float = 1.0
+    n_groups: int = 1
+    topk_groups: int = 1
+    latent_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shared_intermediate_size", self.shared_intermediate_size or None)
+        sizes = ("num_experts", "top_k", "intermediate_size", "n_groups", "topk_groups")
+        positive(**{f"moe.{name}": getattr(self, name) for name in sizes})
+        for name in ("shared_intermediate_size", "latent_size"):
+            if getattr(self, name) is not None:
+                positive(**{f"moe.{name}": getattr(self, name)})
+        require(self.activation in ("relu2", "swiglu"), "moe.activation", self.activation, "relu2 or swiglu")
+        require(self.router in ("sigmoid", "softmax"), "moe.router", self.router, "sigmoid or softmax")
+        require(self.scaling > 0, "moe.scaling", self.scaling, "must be positive")
+        require(
+            self.top_k <= self.num_experts,
+            "moe.top_k",
+            self.top_k,
+            f"must be at most moe.num_experts={self.num_experts}",
+        )
+        grouped = self.n_groups == 1 or (self.num_experts % self.n_groups == 0 and self.group_size >= 2)
+        require(
+            grouped,
+            "moe.n_groups",
+            self.n_groups,
+            f"must divide moe.num_experts={self.num_experts} into groups of at least 2, or be 1",
+        )
+        require(
+            self.topk_groups <= self.n_groups,
+            "moe.topk_groups",
+            self.topk_groups,
+            f"must be at most moe.n_groups={self.n_groups}",
+        )
+        require(
+            self.top_k <= self.topk_groups * self.group_size,
+            "moe.topk_groups",
+            self.topk_groups,
+            f"groups of {self.group_size} experts hold fewer than moe.top_k={self.top_k}",
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Experts of a group."""
+        return self.num_experts // self.n_groups
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A hybrid decoder: one residual sub-block ``h + mixer(RMSNorm(h))`` per letter of ``pattern``.
 
     Attributes:
         vocab_size: V.
         hidden_size: D.
-        pattern: one letter per sub-block: M, *, W, -.
+        pattern: one letter per sub-block: M, *, W, -, E.
         mamba: needed by M.
         attention: needed by * and W.
         mlp: needed by -.
+        moe: needed by E.
         mtp: multi-token prediction, or None.
         norm_eps: epsilon of every RMSNorm.
         norm_cast: "last": the norm's weight is multiplied in float32 and the product cast (Nemotron-H); "first": cast,
@@ -260,6 +343,7 @@ class ModelConfig:
     mamba: MambaConfig | None = None
     attention: AttentionConfig | None = None
     mlp: MLPConfig | None = None
+    moe: MoEConfig | None = None
     mtp: MTPConfig | None = None
     norm_eps: float = 1e-5
     norm_cast: Literal["last", "first"] = "last"
@@ -280,7 +364,7 @@ class ModelConfig:
                 pattern,
                 f"unknown letter {', '.join(unknown)}; known letters are {known}",
             )
-            for letters, name in (("M", "mamba"), ("*W", "attention"), ("-", "mlp")):
+            for letters, name in (("M", "mamba"), ("*W", "attention"), ("-", "mlp"), ("E", "moe")):
                 if set(letters) & set(pattern):
                     require(
                         getattr(self, name) is not None, name, None, f"the {field_name} {pattern!r} needs it"
@@ -288,6 +372,13 @@ class ModelConfig:
         if "W" in "".join(patterns.values()):
             window = self.attention.window if self.attention else None
             require(window is not None, "attention.window", window, "the letter W needs a window")
+        if self.moe is not None and self.moe.latent_size is not None:
+            require(
+                self.moe.latent_size <= self.hidden_size,
+                "moe.latent_size",
+                self.moe.latent_size,
+                f"must be at most hidden_size={self.hidden_size}",
+            )
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         require(self.norm_cast in ("last", "first"), "norm_cast", self.norm_cast, "last or first")
         require(self.init_std > 0, "init_std", self.init_std, "must be positive")

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import Cache, KVCache, init_cache, state_bytes, zero_slots
-from jaxllm.config import AttentionConfig, ConfigError, MambaConfig, MLPConfig, ModelConfig, RopeConfig
+from jaxllm.config import (
+    AttentionConfig,
+    ConfigError,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from jaxllm.model import functional
 
 SLOTS, CAPACITY, CHUNK, SEGMENTS, VOCAB = 4, 32, 12, 3, 37
@@ -28,6 +36,7 @@ def model(pattern: str, rope: bool, groups: int) -> ModelConfig:
             num_heads=4, num_kv_heads=2, head_dim=4, window=5, rope=RopeConfig() if rope else None
         ),
         mlp=MLPConfig(16),
+        moe=MoEConfig(6, 2, 12, shared_intermediate_size=8, scaling=1.5),
         init_std=0.2,
     )
 
@@ -36,8 +45,9 @@ MODELS = {
     "mamba": model("MM", False, 2),
     "mixed": model("M*-W", True, 1),
     "attention": model("*-W", False, 1),
+    "experts": model("ME*", False, 2),
 }
-PAGES = {"mamba": (None,), "mixed": (None, 4), "attention": (8,)}
+PAGES = {"mamba": (None,), "mixed": (None, 4), "attention": (8,), "experts": (None,)}
 CASES = [(name, page) for name in MODELS for page in PAGES[name]]
 
 

@@ -18,13 +18,23 @@ from jaxllm.config import (
     MambaConfig,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
     Precision,
     RopeConfig,
 )
-from jaxllm.model.functional import abstract_params, flatten, init_params, merge, param_axes, split
+from jaxllm.model.functional import (
+    abstract_params,
+    active_sizes,
+    flatten,
+    init_params,
+    merge,
+    param_axes,
+    split,
+)
 
 MAMBA = MambaConfig(num_heads=8, head_dim=4, state_size=8, n_groups=2, chunk_size=8)
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, window=4)
+MOE = MoEConfig(num_experts=12, top_k=3, intermediate_size=20, n_groups=4, topk_groups=2)
 BASE = ModelConfig(64, 32, "M*-W", MAMBA, ATTENTION, MLPConfig(48))
 CONFIGS = {
     "plain": BASE,
@@ -36,6 +46,12 @@ CONFIGS = {
         mlp=MLPConfig(48, "swiglu", bias=True),
         tie_embeddings=True,
         precision=Precision(param="bfloat16", compute="bfloat16"),
+    ),
+    "experts": BASE.replace(pattern="ME", moe=replace(MOE, shared_intermediate_size=40, latent_size=16)),
+    "gated experts": BASE.replace(
+        pattern="*E",
+        moe=MoEConfig(8, 2, 20, activation="swiglu", router="softmax", correction_bias=False),
+        precision=Precision(param="bfloat16"),
     ),
     "no conv bias": BASE.replace(mamba=replace(MAMBA, conv_bias=False), pattern="M"),
 }
@@ -67,6 +83,19 @@ CONFIGS = {
         (lambda: replace(MAMBA, conv_kernel=1), "mamba.conv_kernel=1"),
         (lambda: replace(MAMBA, dt_limit=(0.2, 0.1)), "mamba.dt_limit"),
         (lambda: replace(MAMBA, state_size=0), "mamba.state_size=0"),
+        (lambda: BASE.replace(pattern="ME"), "moe=None: the pattern"),
+        (lambda: replace(MOE, top_k=13), "moe.top_k=13: must be at most moe.num_experts=12"),
+        (lambda: replace(MOE, n_groups=5), "moe.n_groups=5: must divide moe.num_experts=12"),
+        (lambda: replace(MOE, n_groups=12, topk_groups=12), "moe.n_groups=12: .* at least 2"),
+        (lambda: replace(MOE, topk_groups=5), "moe.topk_groups=5: must be at most moe.n_groups=4"),
+        (lambda: replace(MOE, top_k=7), "moe.topk_groups=2: groups of 3 experts hold fewer"),
+        (lambda: replace(MOE, intermediate_size=0), "moe.intermediate_size=0"),
+        (lambda: replace(MOE, shared_intermediate_size=-4), "moe.shared_intermediate_size=-4"),
+        (lambda: replace(MOE, scaling=0.0), "moe.scaling=0.0"),
+        (
+            lambda: BASE.replace(moe=replace(MOE, latent_size=33)),
+            "moe.latent_size=33: must be at most hidden_size=32",
+        ),
         (lambda: BASE.replace(hidden_size=0), "hidden_size=0"),
         (lambda: BASE.replace(norm_eps=0.0), "norm_eps=0.0"),
         (lambda: ModelConfig.from_dict({**BASE.to_dict(), "depth": 3}), "depth='unknown field'"),
@@ -83,7 +112,12 @@ def test_errors_name_the_field(build: Any, message: str) -> None:
 
 def test_unknown_choices() -> None:
     """The suite's type checker sees them first, a user's program gets the ConfigError."""
-    for build, given in ((lambda v: MLPConfig(48, v), "gelu"), (lambda v: RopeConfig(scaling=v), "yarn")):
+    for build, given in (
+        (lambda v: MLPConfig(48, v), "gelu"),
+        (lambda v: RopeConfig(scaling=v), "yarn"),
+        (lambda v: replace(MOE, router=v), "argmax"),
+        (lambda v: replace(MOE, activation=v), "geglu"),
+    ):
         with pytest.raises((ConfigError, jaxtyping.TypeCheckError), match=given):
             build(given)
 
@@ -108,7 +142,7 @@ def test_abstract_axes_and_real_parameters_agree(name: str) -> None:
     assert named == {path: shape for path, (shape, _) in real.items()}
     assert ("lm_head.weight" in real) is not cfg.tie_embeddings
     for path, (_, dtype) in real.items():
-        kept = path.endswith(("A_log", ".D", "dt_bias"))
+        kept = path.endswith(("A_log", ".D", "dt_bias", "e_score_correction_bias"))
         assert dtype == (jnp.float32 if kept else jnp.dtype(cfg.precision.param)), path
     again = split(merge(cfg, params))
     assert again[0] == cfg
@@ -123,6 +157,23 @@ def test_fused_projection_segments() -> None:
     inner = axis.parts[1]
     assert isinstance(inner, axes.Concat)
     assert [(n, s.stop - s.start) for n, s in inner.slices()] == [("x", 32), ("B", 16), ("C", 16)]
+
+
+def test_no_shared_expert_has_two_spellings() -> None:
+    assert replace(MOE, shared_intermediate_size=0) == replace(MOE, shared_intermediate_size=None)
+
+
+def test_active_sizes() -> None:
+    """Of stacked experts top_k count, of the router and everything else all."""
+    cfg = CONFIGS["experts"]
+    whole = {path: math.prod(leaf.shape) for path, leaf in flatten(abstract_params(cfg)).items()}
+    active = active_sizes(cfg)
+    assert {path for path in whole if active[path] != whole[path]} == {
+        "layers.1.mixer.experts.up_proj",
+        "layers.1.mixer.experts.down_proj",
+    }
+    assert active["layers.1.mixer.experts.up_proj"] == 3 * 16 * 20
+    assert whole["layers.1.mixer.experts.up_proj"] == 12 * 16 * 20
 
 
 def test_initial_statistics() -> None:

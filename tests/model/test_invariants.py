@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.batch import PackedBatch
-from jaxllm.config import AttentionConfig, MambaConfig, MLPConfig, ModelConfig, RopeConfig
+from jaxllm.config import AttentionConfig, MambaConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxllm.model.functional import init_params, map_named, merge
 
 VOCAB, ROWS, LENGTH, TOLERANCE = 61, 3, 24, 2e-5
@@ -34,6 +34,17 @@ CONFIGS = {
         mlp=MLPConfig(40, "swiglu", bias=True),
         norm_cast="first",
         tie_embeddings=True,
+    ),
+    "experts": _BASE.replace(
+        pattern="ME*",
+        moe=MoEConfig(
+            8, 3, 20, shared_intermediate_size=16, scaling=2.5, n_groups=4, topk_groups=2, latent_size=12
+        ),
+    ),
+    "gated experts": _BASE.replace(
+        pattern="*E",
+        moe=MoEConfig(6, 2, 20, activation="swiglu", router="softmax", correction_bias=False),
+        norm_cast="first",
     ),
 }
 

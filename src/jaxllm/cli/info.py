@@ -47,7 +47,7 @@ class Args:
 def examine(args: Args) -> dict[str, Any]:
     """Everything that info prints, as plain JSON values."""
     from jaxllm.cache.state import state_bytes
-    from jaxllm.cli.model_parts import parts, per_token_state_bytes
+    from jaxllm.cli.model_parts import active_parameter_count, parts, per_token_state_bytes
     from jaxllm.cli.targets import config_of
 
     cfg = config_of(args.target)
@@ -59,6 +59,7 @@ def examine(args: Args) -> dict[str, Any]:
         "vocab_size": cfg.vocab_size,
         "precision": asdict(cfg.precision),
         "parameters": sum(part.parameters for part in found),
+        "active_parameters": active_parameter_count(cfg),
         "parts": [asdict(part) for part in found],
         "state": {
             "length": args.length,
@@ -93,6 +94,9 @@ def _show(report: dict[str, Any], console: Console) -> None:
     about.add_row("pattern", pattern)
     about.add_row("blocks", f"{len(pattern)}: {used}")
     about.add_row("parameters", f"{count(total)} ({short(total)})")
+    active = report["active_parameters"]
+    if active < total:
+        about.add_row("active per token", f"{count(active)} ({short(active)})")
     about.add_row("width, vocabulary", f"{count(report['hidden_size'])}, {count(report['vocab_size'])}")
     about.add_row(
         "precision",

@@ -49,6 +49,13 @@ def parameter_count(cfg: ModelConfig) -> int:
     return sum(part.parameters for part in parts(cfg))
 
 
+def active_parameter_count(cfg: ModelConfig) -> int:
+    """Parameters that one token meets, the embedding and the head included; fewer than all with routed experts."""
+    from jaxllm.model.functional import active_sizes
+
+    return sum(active_sizes(cfg).values())
+
+
 def per_token_state_bytes(cfg: ModelConfig) -> int:
     """Bytes by which a sequence's state grows with each token; 0 for a purely recurrent model."""
     from jaxllm.cache.state import state_bytes

@@ -5,6 +5,7 @@ inside the jitted function, where it costs nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,18 @@ def param_axes(cfg: ModelConfig) -> dict[str, Axes]:
     return {
         ".".join(str(getattr(k, "key", k)) for k in path): v.get_metadata("axes") for path, v in variables
     }
+
+
+def active_sizes(cfg: ModelConfig) -> dict[str, int]:
+    """Parameters that one token meets, by dotted path: all, but of the routed experts only ``top_k``."""
+
+    def size(axes: Axes) -> int:
+        first, *rest = axes
+        stacked = first.name == "experts" and rest
+        met = cfg.moe.top_k if stacked and cfg.moe is not None else first.size
+        return met * math.prod(axis.size for axis in rest)
+
+    return {path: size(axes) for path, axes in param_axes(cfg).items()}
 
 
 @dataclass

@@ -16,18 +16,21 @@ from jaxllm.model.attention import Attention
 from jaxllm.model.layers import Embedding, Linear, RMSNorm
 from jaxllm.model.mamba import Mamba
 from jaxllm.model.mlp import MLP
+from jaxllm.model.moe import MoE
 from jaxllm.model.mtp import MTP
 from pallas_kernels.precision import contract
 
 Aux = dict[str, Any]
 
 
-def build_mixer(cfg: ModelConfig, letter: str, rngs: nnx.Rngs) -> Mamba | Attention | MLP:
+def build_mixer(cfg: ModelConfig, letter: str, rngs: nnx.Rngs) -> Mamba | Attention | MLP | MoE:
     """The module behind one pattern letter."""
     if letter == "M":
         return Mamba(cfg, rngs=rngs)
     if letter == "-":
         return MLP(cfg, rngs=rngs)
+    if letter == "E":
+        return MoE(cfg, rngs=rngs)
     assert cfg.attention is not None
     return Attention(cfg, window=cfg.attention.window if letter == "W" else None, rngs=rngs)
 
@@ -76,29 +79,38 @@ class HybridLM(nnx.Module):
         return Context(precision=self.cfg.precision, **changes)
 
     def hidden(self, batch: PackedBatch, ctx: Context | None = None) -> tuple[Float[Array, "B T D"], Aux]:
-        """Final hidden states (after the last norm) of packed documents, and what ``ctx.taps`` asked for."""
+        """Final hidden states (after the last norm) of packed documents, and what ``ctx.taps`` asked for.
+
+        ``hidden`` is every residual state [1 + layers, B, T, D], the embedding first; another tap is what the layers
+        that know it report, stacked in their order.
+
+        Raises:
+            ValueError: no layer of the model knows a tap.
+        """
         ctx = ctx or self.context()
         h = self.embed(batch.tokens, ctx)
-        taps: list[Any] = [h]
+        states: list[Any] = [h]
+        reports: list[Aux] = []
         for block in self.layers:
-            h, _ = _checkpointed(block, ctx)(h, batch)
-            taps.append(h)
-        return self.norm_f(h), {"hidden": jnp.stack(taps)} if "hidden" in ctx.taps else {}
+            h, report = _checkpointed(block, ctx)(h, batch)
+            states.append(h)
+            reports.append(report)
+        return self.norm_f(h), _collect(ctx, states, reports)
 
     def extend(
         self, batch: PackedBatch, cache: Cache, ctx: Context | None = None
     ) -> tuple[Float[Array, "B T D"], Cache, Aux]:
-        """Final hidden states of a chunk that goes on from ``cache``, and the cache after it."""
+        """Final hidden states of a chunk that goes on from ``cache``, the cache after it, and taps as in ``hidden``."""
         ctx = ctx or self.context()
         h = self.embed(batch.tokens, ctx)
-        taps: list[Any] = [h]
-        states = []
+        hidden: list[Any] = [h]
+        states, reports = [], []
         for block, state in zip(self.layers, cache.layers, strict=True):
-            h, state, _ = block.extend(h, batch, state, ctx)
+            h, state, report = block.extend(h, batch, state, ctx)
             states.append(state)
-            taps.append(h)
-        aux = {"hidden": jnp.stack(taps)} if "hidden" in ctx.taps else {}
-        return self.norm_f(h), Cache(layers=tuple(states)), aux
+            hidden.append(h)
+            reports.append(report)
+        return self.norm_f(h), Cache(layers=tuple(states)), _collect(ctx, hidden, reports)
 
     def predict(
         self, h: Float[Array, "B T D"], batch: PackedBatch, ctx: Context | None = None, *, depth: int = 1
@@ -145,6 +157,17 @@ class HybridLM(nnx.Module):
 def _mtp(cfg: ModelConfig, rngs: nnx.Rngs) -> MTP:
     assert cfg.mtp is not None
     return MTP(cfg, [Block(cfg, letter, rngs=rngs) for letter in cfg.mtp.pattern], rngs=rngs)
+
+
+def _collect(ctx: Context, hidden: list[Any], reports: list[Aux]) -> Aux:
+    """What ``ctx.taps`` asked for, stacked over the layers that report it (contract 7)."""
+    aux = {"hidden": jnp.stack(hidden)} if "hidden" in ctx.taps else {}
+    for name in sorted({name for report in reports for name in report}):
+        aux[name] = jnp.stack([report[name] for report in reports if name in report])
+    unknown = sorted(ctx.taps - set(aux))
+    if unknown:
+        raise ValueError(f"taps={unknown}: no layer of this model reports them")
+    return aux
 
 
 def _checkpointed(block: Block, ctx: Context) -> Any:

@@ -9,16 +9,16 @@ from jaxtyping import Array, Float
 
 from jaxllm.axes import Axis
 from jaxllm.batch import PackedBatch
-from jaxllm.config import ModelConfig
+from jaxllm.config import MLPConfig, ModelConfig
 from jaxllm.linear import Context
 from jaxllm.model.layers import Linear
 
 
 class MLP(nnx.Module):
-    """``relu2``: down(relu(up x)^2); ``swiglu``: down(silu(gate x) * up x)."""
+    """``relu2``: down(relu(up x)^2); ``swiglu``: down(silu(gate x) * up x). ``mlp`` stands for ``cfg.mlp``."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        mlp = cfg.mlp
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, mlp: MLPConfig | None = None):
+        mlp = mlp or cfg.mlp
         assert mlp is not None
         dtype = cfg.precision.param
         embed, hidden = Axis("embed", cfg.hidden_size), Axis("mlp", mlp.intermediate_size)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.functional import abstract_params, flatten
+from jaxllm.model.functional import active_sizes, param_axes
 
 
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -14,12 +14,13 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
     Attention counts the keys that causality (and the window) leaves: ``4 H d`` per query and visible key, for the
     average query of a row that is one document. The scan counts reading and writing states, ``4 H P N`` per token, and
-    the lower triangle inside chunks of Q, ``Q (H P + G N)``. Embedding look-ups are free; the head counts.
+    the lower triangle inside chunks of Q, ``Q (H P + G N)``. Embedding look-ups are free; the head counts. Of the routed
+    experts a token's ``top_k`` count.
     """
-    total = 0.0
-    for name, leaf in flatten(abstract_params(cfg)).items():
-        if len(leaf.shape) == 2 and not name.startswith("embed."):
-            total += 2 * leaf.size
+    total, axes = 0.0, param_axes(cfg)
+    for name, size in active_sizes(cfg).items():
+        if len(axes[name]) > 1 and not name.startswith("embed."):
+            total += 2 * size
     if cfg.tie_embeddings:
         total += 2 * cfg.vocab_size * cfg.hidden_size
     for letter in cfg.pattern:

@@ -67,6 +67,17 @@ def _sub_block(cfg: ModelConfig, letter: str, seq_len: int) -> _Tokenwise:
         assert cfg.mlp is not None
         wide = cfg.mlp.intermediate_size * (2 if cfg.mlp.activation == "swiglu" else 1)
         return _Tokenwise(2 * width + wide + 2 * cfg.mlp.intermediate_size, wide + width)
+    if letter == "E":
+        assert cfg.moe is not None
+        m = cfg.moe
+        up = 2 if m.activation == "swiglu" else 1
+        latent = m.latent_size or width
+        # Sorted inputs and outputs, the experts' inner values before and after the activation, for each copy.
+        copies = m.top_k * (3 * latent + (up + 1) * m.intermediate_size)
+        shared = m.shared_intermediate_size or 0
+        dense = 2 * width + 4 * m.num_experts + 2 * (latent if m.latent_size else 0)
+        # The products of the routed experts are not plain ones: they are recomputed.
+        return _Tokenwise(dense + copies + (up + 2) * shared, up * shared + m.num_experts + 2 * width)
     assert cfg.attention is not None
     a = cfg.attention
     heads = a.head_dim * (a.num_heads + 2 * a.num_kv_heads)

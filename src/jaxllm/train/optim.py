@@ -14,7 +14,7 @@ from jaxllm.model.functional import Params, map_named
 
 SCHEDULES = ("wsd", "cosine", "constant")
 # Decay rates, skips and offsets are not directions that weight decay should shrink (as in Mamba-2's own training).
-UNDECAYED = ("A_log", "D", "dt_bias", "bias", "conv_bias")
+UNDECAYED = ("A_log", "D", "dt_bias", "bias", "conv_bias", "e_score_correction_bias")
 
 
 @dataclass(frozen=True)
