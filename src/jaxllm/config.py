@@ -334,6 +334,8 @@ class ModelConfig:
             then multiply (Llama). They differ below float32 only.
         tie_embeddings: the head is the embedding transposed.
         init_std: standard deviation of linear weights; residual-writing ones are divided by sqrt(len(pattern)).
+        scan_layers: repeated groups of letters run under ``lax.scan``, their parameters stacked: a deep model then
+            compiles in a fraction of the time. For training; `functional.unstack` gives one entry per layer again.
         precision: dtypes.
     """
 
@@ -349,6 +351,7 @@ class ModelConfig:
     norm_cast: Literal["last", "first"] = "last"
     tie_embeddings: bool = False
     init_std: float = 0.02
+    scan_layers: bool = False
     precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:

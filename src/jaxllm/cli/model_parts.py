@@ -27,6 +27,7 @@ def parts(cfg: ModelConfig) -> list[Part]:
     """Parts in the order of the forward pass; their parameters add up to the model's."""
     from jaxllm.model.functional import abstract_params, flatten
 
+    cfg = cfg.replace(scan_layers=False)
     totals: dict[str, int] = {}
     norms = 0
     for name, leaf in flatten(abstract_params(cfg)).items():

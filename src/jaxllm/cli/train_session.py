@@ -18,7 +18,7 @@ from jaxllm.config import ConfigError, ModelConfig
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import PreparedData, prepare_data
 from jaxllm.generation.folders import load
-from jaxllm.model.functional import LanguageModel, Params
+from jaxllm.model.functional import LanguageModel, Params, stack
 from jaxllm.train.settings import FitResult
 from jaxllm.train.trainer import fit
 from jaxllm.train.writers import read_jsonl
@@ -75,7 +75,7 @@ def train(run: TrainRun) -> int:
         console.print(bold(f"    jaxllm train {run.out / 'run.yaml'} --resume"))
         return 130
     with console.status("validation loss"):
-        loss = validation.whole(result.params)
+        loss = validation.whole(stack(cfg, result.params))
     if family is not None:
         hf.save(LanguageModel(result.cfg, result.params, data.tokenizer), run.out / "hf", family=family)
     _close(run, result, validation, watcher, loss, console)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config import Precision
+from jaxllm.config import Precision, require
 from jaxllm.hf.config import choose_family, config_from_hf, config_to_hf, family_of
 from jaxllm.hf.names import Stored, disk_name, tensor_names
 from jaxllm.hf.tensors import (
@@ -190,6 +190,7 @@ def save(
         ConfigError: the family cannot express the model.
         CheckpointError: ``folder`` holds files that no export writes, or a dtype is unknown.
     """
+    require(not model.cfg.scan_layers, "model.cfg.scan_layers", True, "use functional.unstack first")
     folder = Path(folder)
     family = family or choose_family(model.cfg)
     config = config_to_hf(model.cfg, family)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxllm.axes import Axes
 from jaxllm.config import ModelConfig
+from jaxllm.model import scan
 from jaxllm.model.hybrid import HybridLM
 
 Params = Any
@@ -70,6 +71,24 @@ def map_named(fn: Callable[..., Any], tree: Params, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(".".join(str(getattr(k, "key", k)) for k in path), *leaves), tree, *rest
     )
+
+
+def unstack(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """(config, parameters) with one entry per layer, of a model whose repeated groups are stacked or not."""
+    if not cfg.scan_layers:
+        return cfg, params
+    plain = cfg.replace(scan_layers=False)
+    leaves = scan.unstacked(flatten(params), cfg.pattern)
+    return plain, map_named(lambda name, _: leaves[name], abstract_params(plain))
+
+
+def stack(cfg: ModelConfig, params: Params) -> Params:
+    """Inverse of :func:`unstack`: parameters with one entry per layer as ``cfg`` holds them; copies."""
+    if not cfg.scan_layers:
+        return params
+    target = abstract_params(cfg)
+    leaves = scan.stacked(flatten(params), list(flatten(target)), cfg.pattern)
+    return map_named(lambda name, _: leaves[name], target)
 
 
 def param_axes(cfg: ModelConfig) -> dict[str, Axes]:

@@ -18,6 +18,7 @@ from jaxllm.model.mamba import Mamba
 from jaxllm.model.mlp import MLP
 from jaxllm.model.moe import MoE
 from jaxllm.model.mtp import MTP
+from jaxllm.model.scan import Group, Span, groups_of
 from pallas_kernels.precision import contract
 
 Aux = dict[str, Any]
@@ -64,7 +65,10 @@ class HybridLM(nnx.Module):
         dtype = cfg.precision.param
         vocab, embed = Axis("vocab", cfg.vocab_size), Axis("embed", cfg.hidden_size)
         self.embed = Embedding(vocab, embed, std=cfg.init_std, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(cfg, letter, rngs=rngs) for letter in cfg.pattern])
+        if cfg.scan_layers:
+            self.groups = nnx.List([_group(cfg, span, rngs) for span in groups_of(cfg.pattern)])
+        else:
+            self.layers = nnx.List([Block(cfg, letter, rngs=rngs) for letter in cfg.pattern])
         self.norm_f = RMSNorm(embed, eps=cfg.norm_eps, cast=cfg.norm_cast, dtype=dtype, rngs=rngs)
         self.lm_head = (
             None
@@ -91,16 +95,25 @@ class HybridLM(nnx.Module):
         h = self.embed(batch.tokens, ctx)
         states: list[Any] = [h]
         reports: list[Aux] = []
-        for block in self.layers:
-            h, report = _checkpointed(block, ctx)(h, batch)
-            states.append(h)
-            reports.append(report)
+        if self.cfg.scan_layers:
+            for group in self.groups:
+                h, seen = group(h, batch, ctx, _checkpointed)
+                states += [after for after, _ in seen]
+                reports += [report for _, report in seen]
+        else:
+            for block in self.layers:
+                h, report = _checkpointed(block, ctx)(h, batch)
+                states.append(h)
+                reports.append(report)
         return self.norm_f(h), _collect(ctx, states, reports)
 
     def extend(
         self, batch: PackedBatch, cache: Cache, ctx: Context | None = None
     ) -> tuple[Float[Array, "B T D"], Cache, Aux]:
         """Final hidden states of a chunk that goes on from ``cache``, the cache after it, and taps as in ``hidden``."""
+        require(
+            not self.cfg.scan_layers, "scan_layers", True, "is for training; use functional.unstack first"
+        )
         ctx = ctx or self.context()
         h = self.embed(batch.tokens, ctx)
         hidden: list[Any] = [h]
@@ -152,6 +165,10 @@ class HybridLM(nnx.Module):
     def __call__(self, batch: PackedBatch, ctx: Context | None = None) -> Float[Array, "B T V"]:
         h, _ = self.hidden(batch, ctx)
         return self.head(h, ctx)
+
+
+def _group(cfg: ModelConfig, span: Span, rngs: nnx.Rngs) -> Group:
+    return Group(span, lambda rngs, place: Block(cfg, cfg.pattern[span.start + place], rngs=rngs), rngs=rngs)
 
 
 def _mtp(cfg: ModelConfig, rngs: nnx.Rngs) -> MTP:

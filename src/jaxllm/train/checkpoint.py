@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from jaxllm.config import ModelConfig, require
-from jaxllm.model.functional import Params, abstract_params, flatten
+from jaxllm.model.functional import Params, abstract_params, flatten, unstack
 from jaxllm.train.seal import damage, seal
 from jaxllm.train.state import TrainState, master_config
 from jaxllm.train.stored import (
@@ -249,6 +249,8 @@ class Checkpoints:
     def load_params(self) -> tuple[ModelConfig, Params, dict[str, Any]]:
         """(configuration, parameters, meta) of the newest sound checkpoint; reads no optimiser state.
 
+        Parameters have one entry per layer, however the run held them.
+
         Raises:
             CheckpointError: there is none.
         """
@@ -260,4 +262,4 @@ class Checkpoints:
         params = jax.tree_util.tree_unflatten(treedef, [leaves[PARAMS + name] for name in flatten(target)])
         # Masters are float32; some parameters stay so whatever the precision.
         params = jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params(cfg))
-        return cfg, params, meta
+        return *unstack(cfg, params), meta

@@ -17,6 +17,7 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     the lower triangle inside chunks of Q, ``Q (H P + G N)``. Embedding look-ups are free; the head counts. Of the routed
     experts a token's ``top_k`` count.
     """
+    cfg = cfg.replace(scan_layers=False)
     total, axes = 0.0, param_axes(cfg)
     for name, size in active_sizes(cfg).items():
         if len(axes[name]) > 1 and not name.startswith("embed."):

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import ConfigError, ModelConfig, require
-from jaxllm.model.functional import Params, flatten
+from jaxllm.model.functional import Params, flatten, stack, unstack
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.clock import Clock
 from jaxllm.train.events import Callback, CompileEvent, EvalEvent, SaveEvent
@@ -104,8 +104,7 @@ class Trainer:
             self._save(state)
         last = self.reporter.last
         return FitResult(
-            self.cfg,
-            state.params,
+            *unstack(self.cfg, state.params),
             self.step,
             self.reporter.clock.elapsed,
             self.reporter.tokens_seen,
@@ -130,7 +129,7 @@ class Trainer:
         if self.initial is None:
             state = init_state(self.cfg, self.optim, seed)
         else:
-            state = state_of(self.initial, self.optim, seed)
+            state = state_of(stack(self.cfg, self.initial), self.optim, seed)
         return state if place is None else jax.device_put(state, place)
 
     def _restore(self, checkpoints: Checkpoints, place: Any) -> TrainState | None:
@@ -301,10 +300,11 @@ def fit(
         loader: stands before the first batch; a resumed run moves it to the exact next one.
         settings: see :class:`TrainSettings`.
         folder: where ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` go; None writes nothing.
-        evaluate: ``(params, step) -> values`` by name; must not keep ``params``, which the next step overwrites.
+        evaluate: ``(params, step) -> values`` by name; ``params`` are those of ``cfg``, stacked if it says so, and must
+            not be kept: the next step overwrites them.
         callbacks: called in the training thread with every :mod:`jaxllm.train.events` event.
         resume: go on from the newest sound checkpoint in ``folder``.
-        params: start from these instead of fresh ones; not used when a checkpoint is resumed.
+        params: start from these, one entry per layer, instead of fresh ones; not used when a checkpoint is resumed.
         files: written beside ``config.json``, e.g. ``tokenizer.json``.
 
     Raises:

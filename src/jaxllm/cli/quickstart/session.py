@@ -28,7 +28,7 @@ from jaxllm.config import ModelConfig, Precision
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import PreparedData, prepare_data
 from jaxllm.data.store import cache_folder
-from jaxllm.model.functional import LanguageModel, init_params
+from jaxllm.model.functional import LanguageModel, init_params, stack
 from jaxllm.presets import preset
 from jaxllm.train.memory import estimate_training_memory
 from jaxllm.train.optim import OptimConfig
@@ -79,7 +79,7 @@ class Session:
             self._how_to_go_on(result)
             return 130
         with self._stage("evaluation", "Export and measurement"):
-            loss_after = validation.whole(result.params)
+            loss_after = validation.whole(stack(cfg, result.params))
             model = self._export(result, data)
             rows = result.step * self.record.settings.batch_size
             baselines = measure_baselines(data, seen_documents(loader.rows, rows))
