@@ -112,10 +112,29 @@ def kernels(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=[2, 3, 4])}\nMeasured on: {data['device']}, JAX {data['jax']}.\n"
 
 
+def compile_time(data: dict[str, Any]) -> str:
+    """What bench/compile_time.py wrote."""
+    lines = [
+        (
+            r["preset"],
+            r["execution"],
+            f"{r['traced_layers']} of {r['layers']}",
+            number(r["trace_seconds"], 1),
+            number(r["compile_seconds"], 1),
+        )
+        for r in data["results"]
+    ]
+    header = ("preset", "layers run", "layers traced", "trace and lower, s", "compile, s")
+    inputs, first = data["inputs"], data["results"][0]
+    where = f"{first['device']}, JAX {first['jax']}; training step of {inputs['rows']} x {inputs['tokens']} tokens"
+    return f"{markdown(header, lines, right=[3, 4])}\nMeasured ahead of time, without weights, on: {where}.\n"
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": quickstart,
     "benchmark": benchmark,
     "kernels": kernels,
+    "compile_time": compile_time,
 }
 
 

@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 from jaxllm import LanguageModel, hf
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import init_cache
-from jaxllm.config import ConfigError
-from jaxllm.model.functional import flatten, init_params, map_named, merge, param_axes, stack, unstack
+from jaxllm.config import ConfigError, MoEConfig
+from jaxllm.model.functional import (
+    active_sizes,
+    flatten,
+    init_params,
+    map_named,
+    merge,
+    param_axes,
+    stack,
+    unstack,
+)
 from jaxllm.model.scan import groups_of
 from jaxllm.presets import preset
 from jaxllm.train.checkpoint import Checkpoints
@@ -24,7 +33,8 @@ from jaxllm.train.settings import TrainSettings
 from jaxllm.train.trainer import fit
 from tests.train.tiny import TinyLoader, constant_lr, tiny_batch, tiny_config
 
-PATTERN = "M*-*-"
+PATTERN = "M*E*E"
+MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=12)
 
 
 @given(st.text("M*-", min_size=1, max_size=20))
@@ -49,7 +59,7 @@ def test_deep_patterns_trace_few_letters(pattern: str, traced: int) -> None:
 @functools.cache
 def models() -> Any:
     """(stacked config, parameters, plain config, the same parameters one by one)."""
-    cfg = tiny_config(PATTERN, scan_layers=True)
+    cfg = tiny_config(PATTERN, scan_layers=True, moe=MOE)
     rng = np.random.default_rng(0)
     params = map_named(lambda _, v: v + 0.2 * rng.standard_normal(v.shape).astype(v.dtype), init_params(cfg))
     return cfg, params, *unstack(cfg, params)
@@ -65,16 +75,20 @@ def test_same_numbers(remat: str) -> None:
     def run(cfg: Any, params: Any) -> Any:
         def loss(params: Any) -> Any:
             model = merge(cfg, params)
-            h, aux = model.hidden(batch, model.context(remat=remat, taps=frozenset({"hidden"})))
-            return jnp.sum(model.head(h) * weights), aux["hidden"]
+            h, aux = model.hidden(
+                batch, model.context(remat=remat, taps=frozenset({"hidden", "expert_counts"}))
+            )
+            return jnp.sum(model.head(h) * weights), aux
 
         options = {"xla_backend_optimization_level": 0}
         return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)(params)
 
-    (value, hidden), gradient = run(cfg, params)
-    (expected, layers), grads = run(plain, single)
+    (value, taps), gradient = run(cfg, params)
+    (expected, plain_taps), grads = run(plain, single)
+    assert taps["expert_counts"].shape == (2, 4)
+    np.testing.assert_array_equal(taps["expert_counts"], plain_taps["expert_counts"])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(hidden, layers, atol=1e-5)
+    np.testing.assert_allclose(taps["hidden"], plain_taps["hidden"], atol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * float(np.abs(b).max() + 1)),
         unstack(cfg, gradient)[1],
@@ -87,10 +101,11 @@ def test_there_and_back() -> None:
     jax.tree.map(np.testing.assert_array_equal, stack(cfg, single), params)
     assert flatten(single).keys() == flatten(init_params(plain)).keys()
     axes, plain_axes = param_axes(cfg), param_axes(plain)
-    stacked = "groups.1.blocks.1.mixer.up_proj.weight"
-    assert [axis.name for axis in axes[stacked]] == ["layers", "embed", "mlp"]
-    assert axes[stacked][1:] == plain_axes["layers.4.mixer.up_proj.weight"]
+    stacked = "groups.1.blocks.1.mixer.gate.weight"
+    assert [axis.name for axis in axes[stacked]] == ["layers", "embed", "experts"]
+    assert axes[stacked][1:] == plain_axes["layers.4.mixer.gate.weight"]
     assert forward_flops_per_token(cfg, 64) == forward_flops_per_token(plain, 64)
+    assert sum(active_sizes(cfg).values()) == sum(active_sizes(plain).values())
     # Which parameters decay does not depend on how they are held.
     for name in axes:
         layer = name if not name.startswith("groups.") else "layers.0." + name.split(".", 4)[4]

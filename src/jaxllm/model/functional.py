@@ -110,7 +110,7 @@ def active_sizes(cfg: ModelConfig) -> dict[str, int]:
         met = cfg.moe.top_k if stacked and cfg.moe is not None else first.size
         return met * math.prod(axis.size for axis in rest)
 
-    return {path: size(axes) for path, axes in param_axes(cfg).items()}
+    return {path: size(axes) for path, axes in param_axes(cfg.replace(scan_layers=False)).items()}
 
 
 @dataclass
