@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _hold(x: Array) -> Array:
+def hold(x: Array) -> Array:
+    """``x`` held in memory on CPU, for integers and inside hand-written gradients: its own cotangent is not held."""
     if jax.default_backend() != "cpu" or x.size == 0:
         return x
     bits = jax.lax.bitcast_convert_type(x.ravel()[0], jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
@@ -22,7 +23,7 @@ def _hold(x: Array) -> Array:
 @jax.custom_vjp
 def materialise(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x`` itself, held in memory on CPU, and its cotangent likewise; nothing at all on other devices."""
-    return _hold(x)
+    return hold(x)
 
 
-materialise.defvjp(lambda x: (_hold(x), None), lambda _, g: (_hold(g),))
+materialise.defvjp(lambda x: (hold(x), None), lambda _, g: (hold(g),))

@@ -1,9 +1,13 @@
 """Attention by blocks of queries, grouped so that no key or value is repeated."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.mask import visible
+from pallas_kernels.materialise import hold
 from pallas_kernels.precision import contract
 
 REASON = "query blocks of grouped matmuls fused by XLA; no GPU kernel of this op is present"
@@ -15,33 +19,134 @@ def supports(*_args, **_options) -> str | None:
     return None
 
 
-def _attend(q, q_positions, q_ids, k, v, kv_positions, kv_ids, window, soft_cap, kv_layout, dtype):
-    """Output [B, T, H, d] and lse [B, T, H] of scaled queries, all scores at once."""
-    B, T, H, d = q.shape
-    s, K = ("bksd", k.shape[1]) if kv_layout == "BKTD" else ("bskd", k.shape[2])
-    G = H // K
-    # The queries of a group are rows of one matmul per key head.
-    rows = q.reshape(B, T, K, G, d).swapaxes(1, 2).reshape(B, K, T * G, d)
-    if T == 1:
-        # The cache as left operand: three times faster on CPU for a few rows of queries.
-        scores = contract(f"{s},bkmd->bksm", k, rows, operand_dtype=dtype).swapaxes(2, 3)
-    else:
-        scores = contract(f"bkmd,{s}->bkms", rows, k, operand_dtype=dtype)
-    scores = scores.reshape(B, K, T, G, -1)
+def _masked(scores, seen, soft_cap):
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    seen = visible(q_positions, kv_positions, q_ids, kv_ids, window)[:, None, :, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    return jnp.where(seen, scores, -jnp.inf)
+
+
+def _softmax(scores):
+    """exp(scores - max) over the last axis, its sum (1 where nothing is seen) and the log of the true sum."""
+    peak = jnp.max(scores, axis=-1, keepdims=True)
     peak = jnp.where(peak == -jnp.inf, 0, peak)
-    weights = jnp.exp(scores - peak)
+    weights = hold(jnp.exp(scores - peak))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     some = total > 0
     total = jnp.where(some, total, 1)
-    out = contract(f"bkms,{s}->bkmd", weights.reshape(B, K, T * G, -1), v, operand_dtype=dtype)
-    out = out.reshape(B, K, T, G, d) / total
-    lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
-    return out.swapaxes(1, 2).reshape(B, T, H, d), lse.swapaxes(1, 2).reshape(B, T, H)
+    return weights, total, jnp.where(some, peak + jnp.log(total), -jnp.inf)
+
+
+def _one_token(q, q_positions, q_ids, k, v, kv_positions, kv_ids, window, soft_cap, kv_layout, dtype):
+    """Decode: output [B, 1, H, d] and lse [B, 1, H] of scaled queries."""
+    B, _, H, d = q.shape
+    s, K = ("bksd", k.shape[1]) if kv_layout == "BKTD" else ("bskd", k.shape[2])
+    rows = q.reshape(B, K, H // K, d)
+    # The cache as left operand: three times faster on CPU for a few rows of queries.
+    scores = contract(f"{s},bkmd->bksm", k, rows, operand_dtype=dtype).swapaxes(2, 3)
+    seen = visible(q_positions, kv_positions, q_ids, kv_ids, window)[:, None]
+    weights, total, lse = _softmax(_masked(scores, seen, soft_cap))
+    out = contract(f"bkms,{s}->bkmd", weights, v, operand_dtype=dtype) / total
+    return out.reshape(B, 1, H, d), lse.reshape(B, 1, H)
+
+
+def _split(w, blocks, size):
+    """[B, T, ...] to [blocks, B, size, ...], zero padded."""
+    w = jnp.pad(w, ((0, 0), (0, blocks * size - w.shape[1]), *[(0, 0)] * (w.ndim - 2)))
+    return w.reshape(w.shape[0], blocks, size, *w.shape[2:]).swapaxes(0, 1)
+
+
+def _rows(w, K):
+    """[blocks, B, t, H, ...] to [blocks, B, K, G, t, ...]: the queries of a group are rows of one matmul."""
+    blocks, B, t, H = w.shape[:4]
+    return jnp.moveaxis(w.reshape(blocks, B, t, K, H // K, *w.shape[4:]), 2, 4)
+
+
+def _join(w, T):
+    """[blocks, B, K, G, t, ...] back to [B, T, H, ...]."""
+    blocks, B, K, G, t = w.shape[:5]
+    return jnp.moveaxis(w, (0, 4), (1, 2)).reshape(B, blocks * t, K * G, *w.shape[5:])[:, :T]
+
+
+def _over(blocks, step, carry, xs):
+    """``lax.scan``, but a single block is not worth a loop."""
+    if blocks > 1:
+        return jax.lax.scan(step, carry, xs)
+    carry, ys = step(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], ys)
+
+
+def _einsum(spec, a, b):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, q_places, kv_places, window, soft_cap, dtype):
+    """Output [B, T, H, d] and lse [B, T, H] of scaled queries over k, v [B, K, S, d]; places: (positions, ids)."""
+    return _attend_fwd(q, k, v, q_places, kv_places, window, soft_cap, dtype)[0]
+
+
+def _attend_fwd(q, k, v, q_places, kv_places, window, soft_cap, dtype):
+    T, K = q.shape[1], k.shape[1]
+    blocks = -(-T // _BLOCK)
+    size = min(T, _BLOCK)
+    keys, values = hold(k.astype(dtype)), hold(v.astype(dtype))
+    queries = hold(_rows(_split(q, blocks, size), K).astype(dtype))
+    places = tuple(_split(w, blocks, size) for w in q_places)
+
+    def step(_, block):
+        rows, positions, ids = block
+        B, _, G, t, d = rows.shape
+        scores = _einsum("bkmd,bksd->bkms", rows.reshape(B, K, G * t, d), keys).reshape(B, K, G, t, -1)
+        seen = visible(positions, kv_places[0], ids, kv_places[1], window)[:, None, None]
+        weights, total, lse = _softmax(_masked(scores, seen, soft_cap))
+        out = _einsum("bkms,bksd->bkmd", weights.astype(dtype).reshape(B, K, G * t, -1), values)
+        return None, (out.reshape(rows.shape) / total, lse[..., 0])
+
+    outputs: Any = _over(blocks, step, None, (queries, *places))[1]
+    out, lse = outputs
+    like = tuple(jnp.zeros((0,), w.dtype) for w in (q, k, v))
+    residuals = (queries, keys, values, places, kv_places, out, lse, like)
+    return (_join(out, T), _join(lse, T)), residuals
+
+
+def _attend_bwd(window, soft_cap, dtype, residuals, cotangents):
+    """The scores are taken again, keys before queries: then only narrow operands are read transposed."""
+    queries, keys, values, places, kv_places, out, lse, like = residuals
+    T = cotangents[0].shape[1]
+    blocks, B, K, G, t, d = queries.shape
+    dout, dlse = (_rows(_split(w.astype(jnp.float32), blocks, t), K) for w in cotangents)
+    shift = jnp.sum(dout * out, axis=-1) - dlse
+    # A row that sees nothing has no weights: any finite log of their sum will do.
+    lse = jnp.where(lse == -jnp.inf, 0, lse)
+    across = hold(keys.swapaxes(2, 3))
+
+    def step(carry, block):
+        dk, dv = carry
+        rows, positions, ids, dout, lse, shift = block
+        rows, dout = (w.reshape(B, K, G * t, d) for w in (rows, dout))
+        scores = _einsum("bksd,bkmd->bksm", keys, rows).reshape(B, K, -1, G, t)
+        seen = visible(positions, kv_places[0], ids, kv_places[1], window).swapaxes(1, 2)[:, None, :, None]
+        scores = _masked(scores, seen, soft_cap)
+        weights = hold(jnp.exp(scores - lse[:, :, None]))
+        dweights = _einsum("bksd,bkmd->bksm", values, dout).reshape(weights.shape)
+        dscores = weights * (dweights - shift[:, :, None])
+        if soft_cap is not None:
+            dscores = dscores * (1 - jnp.square(jnp.where(seen, scores, 0) / soft_cap))
+        weights, dscores = (hold(w.astype(dtype)).reshape(B, K, -1, G * t) for w in (weights, dscores))
+        dq = _einsum("bkds,bksm->bkdm", across, dscores)
+        dk = dk + _einsum("bksm,bkmd->bksd", dscores, rows)
+        dv = dv + _einsum("bksm,bkmd->bksd", weights, dout)
+        return (dk, dv), dq.reshape(B, K, d, G, t)
+
+    start = tuple(jnp.zeros(w.shape, jnp.float32) for w in (keys, values))
+    blocked = (queries, *places, hold(dout.astype(dtype)), lse, shift)
+    (dk, dv), dq = _over(blocks, step, start, blocked)
+    grads = (_join(jnp.moveaxis(dq, 3, 5), T), dk, dv)
+    return *(g.astype(w.dtype) for g, w in zip(grads, like, strict=True)), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def run(
@@ -59,29 +164,15 @@ def run(
     kv_layout,
     operand_dtype,
 ):
-    B, T = q.shape[:2]
     # Rounding a whole cache would cost more than the products of one token.
-    dtype = k.dtype if T == 1 or operand_dtype is None else operand_dtype
-    q_scaled = q.astype(jnp.float32) * scale
-
-    def attend(block):
-        q, places, ids = block
-        return _attend(q, places, ids, k, v, kv_positions, kv_segment_ids, window, soft_cap, kv_layout, dtype)
-
-    queries = (q_scaled, q_positions, q_segment_ids)
-    if T <= _BLOCK:
-        out, lse = attend(queries)
-        return out.astype(q.dtype), lse
-    blocks = -(-T // _BLOCK)
-
-    def split(w):
-        w = jnp.pad(w, ((0, 0), (0, blocks * _BLOCK - T), *[(0, 0)] * (w.ndim - 2)))
-        return w.reshape(B, blocks, _BLOCK, *w.shape[2:]).swapaxes(0, 1)
-
-    # Scores are recomputed in the backward pass, so that memory holds one block of them at a time.
-    out, lse = jax.lax.map(jax.checkpoint(attend), tuple(split(w) for w in queries))
-
-    def join(w):
-        return w.swapaxes(0, 1).reshape(B, blocks * _BLOCK, *w.shape[3:])[:, :T]
-
-    return join(out).astype(q.dtype), join(lse)
+    dtype = jnp.dtype(k.dtype if q.shape[1] == 1 or operand_dtype is None else operand_dtype)
+    scaled = q.astype(jnp.float32) * scale
+    q_places, kv_places = (q_positions, q_segment_ids), (kv_positions, kv_segment_ids)
+    if q.shape[1] == 1:
+        out, lse = _one_token(scaled, *q_places, k, v, *kv_places, window, soft_cap, kv_layout, dtype)
+    else:
+        if kv_layout == "BTKD":
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        outputs: Any = _attend(scaled, k, v, q_places, kv_places, window, soft_cap, dtype)
+        out, lse = outputs
+    return out.astype(q.dtype), lse

@@ -1,8 +1,12 @@
 """The causal convolution as k shifted products, corrected by the few rows that look into an initial state."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.materialise import hold
 from pallas_kernels.segments import extents
 
 REASON = "k shifted products fused by XLA; no GPU kernel of this op is present"
@@ -27,6 +31,49 @@ def _shifted_sum(padded, weight, bias, ids, T):
             tap = jnp.where((past[:, j : j + T] == ids)[..., None], tap, 0)
         y = y + tap
     return y
+
+
+def _taps(x, same):
+    """What each tap reads, oldest first: x [B, T, D] shifted, where ``same`` [B, T, k] says it is to be read."""
+    k, T = same.shape[2], x.shape[1]
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (k - 1, 0), (0, 0)))
+    return [padded[:, j : j + T] * same[:, :, j, None] for j in range(k)]
+
+
+def _before_activation(x, weight, bias, same):
+    y = jnp.zeros(weight.shape[1:]) if bias is None else bias
+    return sum((w * tap for w, tap in zip(weight, _taps(x, same), strict=True)), start=y)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _packed(x, weight, bias, same, activation):
+    """Training: no states. float32 output."""
+    return _activate(_before_activation(x, weight, bias, same), activation)
+
+
+def _packed_fwd(x, weight, bias, same, activation):
+    return _packed(x, weight, bias, same, activation), (x, weight, bias, same)
+
+
+def _packed_bwd(activation, residuals, dy):
+    """Autodiff would keep every shifted product, and pad each one's gradient by itself."""
+    x, weight, bias, same = residuals
+    if activation == "silu":
+        y = _before_activation(x, weight, bias, same)
+        s = jax.nn.sigmoid(y)
+        dy = hold(dy * s * (1 + y * (1 - s)))
+    k, T = same.shape[2], x.shape[1]
+    dweight = jnp.stack([jnp.sum(dy * tap, axis=(0, 1)) for tap in _taps(x, same)])
+    later, reads = (jnp.pad(v, ((0, 0), (0, k - 1), (0, 0))) for v in (dy, same))
+    dx = jnp.zeros(x.shape)
+    for j in range(k):
+        since = slice(k - 1 - j, k - 1 - j + T)
+        dx = dx + weight[j] * (later[:, since] * reads[:, since, j, None])
+    dbias = None if bias is None else jnp.sum(dy, axis=(0, 1))
+    return dx.astype(x.dtype), dweight, dbias, None
+
+
+_packed.defvjp(_packed_fwd, _packed_bwd)
 
 
 def _one_token(x, weight, bias, ids, initial_state, activation):
@@ -87,14 +134,17 @@ def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation
         if n is not None:
             state = padded[:, T:][:, None].astype(before.dtype)
         return _activate(_shifted_sum(padded, weight, bias, None, T), activation).astype(x.dtype), state
+    if n is None:
+        past = jnp.pad(segment_ids, ((0, 0), (k - 1, 0)))
+        same = jnp.stack([past[:, j : j + T] == segment_ids for j in range(k)], axis=2)
+        same = hold((same & (segment_ids > 0)[..., None]).astype(jnp.float32))
+        y: Any = _packed(x, weight, bias, same, activation)
+        return y.astype(x.dtype), None
     x = jnp.where((segment_ids > 0)[..., None], x, 0)
     padded = jnp.pad(x, ((0, 0), (k - 1, 0), (0, 0)))
-    y = _shifted_sum(padded, weight, bias, segment_ids, T)
-    state = None
-    if n is not None:
-        state = initial_state
-        if k > 1:
-            first, length = extents(segment_ids, n)
-            y = _open_documents(y, weight, segment_ids, initial_state, first)
-            state = _final_windows(x, initial_state, first, length)
+    y, state = _shifted_sum(padded, weight, bias, segment_ids, T), initial_state
+    if k > 1:
+        first, length = extents(segment_ids, n)
+        y = _open_documents(y, weight, segment_ids, initial_state, first)
+        state = _final_windows(x, initial_state, first, length)
     return _activate(y, activation).astype(x.dtype), state

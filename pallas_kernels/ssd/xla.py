@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.materialise import materialise
+from pallas_kernels.materialise import hold, materialise
 from pallas_kernels.segments import extents, running_ids
 from pallas_kernels.ssd.chunked import Aligned, chunked_ssd
 
@@ -130,7 +130,8 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_si
         y, final = _aligned(x, dt, A, B, C, segment_ids, initial_state, Q, operand_dtype)
     else:
         # With one document a row, padding (dt = 0) leaves the state alone and no mask is needed.
-        ids = running_ids(segment_ids) if segment_ids is not None and n is None else None
+        # Held: the running maximum would be taken again for every pair of tokens.
+        ids = hold(running_ids(segment_ids)) if segment_ids is not None and n is None else None
         y, final = _chunked(x, dt, A, B, C, ids, initial_state, None, Q, operand_dtype)
         final = None if n is None else final
     y = y if D is None else y + D[:, None] * x
