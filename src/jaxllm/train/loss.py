@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import Precision
+from pallas_kernels.materialise import hold
 from pallas_kernels.precision import contract
 
 # Tokens per chunk: float32 logits of a chunk take chunk * V * 4 bytes. On CPU (V = 4096) 256 and 512 stay in cache and
@@ -53,13 +54,13 @@ def _spec(tied: bool, operand: str | None) -> _Spec:
     return _Spec(f"btd,{w}->btv", f"btv,{w}->btd", grad_weight, operand)
 
 
-def _score(logits_BCV, targets_BC, weights_BC):
-    """Sums of one chunk, its logsumexp and the mask that marks the targets."""
+def _score(logits_BCV, targets_BC, weights_BC, kept=lambda v: v):
+    """Sums of one chunk, its logsumexp, exp(logits - max) and the sum of that."""
     top = jnp.max(logits_BCV, axis=-1)
-    lse = top + jnp.log(jnp.sum(jnp.exp(logits_BCV - top[..., None]), axis=-1))
-    vocab = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
-    hit = vocab == targets_BC[..., None]
-    picked = jnp.sum(jnp.where(hit, logits_BCV, 0), axis=-1)
+    e_BCV = kept(jnp.exp(logits_BCV - top[..., None]))
+    total = jnp.sum(e_BCV, axis=-1)
+    lse = top + jnp.log(total)
+    picked = jnp.take_along_axis(logits_BCV, jnp.maximum(targets_BC, 0)[..., None], axis=-1)[..., 0]
     sums = LossSums(
         nats=jnp.sum(weights_BC * (lse - picked)),
         weight=jnp.sum(weights_BC),
@@ -67,7 +68,7 @@ def _score(logits_BCV, targets_BC, weights_BC):
         correct=jnp.sum(weights_BC * (picked >= top)),
         mtp=jnp.zeros((), jnp.float32),
     )
-    return sums, lse, hit
+    return sums, lse, e_BCV, total
 
 
 def _zero_sums() -> LossSums:
@@ -78,7 +79,7 @@ def _value(spec, z_loss, chunks, w):
     def step(total, chunk):
         h_BCD, targets, weights = chunk
         logits = contract(spec.logits, h_BCD, w, operand_dtype=spec.operand)
-        sums, _, _ = _score(logits, targets, weights)
+        sums, *_ = _score(logits, targets, weights)
         return jax.tree.map(jnp.add, total, sums), None
 
     sums, _ = jax.lax.scan(step, _zero_sums(), chunks)
@@ -95,10 +96,11 @@ def _loss_fwd(spec, z_loss, chunks, w):
         total, dw = carry
         h_BCD, targets, weights = chunk
         logits = contract(spec.logits, h_BCD, w, operand_dtype=spec.operand)
-        sums, lse, hit = _score(logits, targets, weights)
-        p = jnp.exp(logits - lse[..., None])
-        scale = weights * (1 + 2 * z_loss * lse)
-        dlogits = p * scale[..., None] - jnp.where(hit, weights[..., None], 0)
+        # Held: XLA:CPU would take every exponential a second time for the gradient.
+        sums, lse, e, sum_e = _score(logits, targets, weights, hold)
+        scale = hold(weights * (1 + 2 * z_loss * lse) / sum_e)
+        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+        dlogits = e * scale[..., None] - jnp.where(hit, weights[..., None], 0)
         dh = contract(spec.grad_hidden, dlogits, w, operand_dtype=spec.operand, out_dtype=h_BCD.dtype)
         pair = (dlogits, h_BCD) if spec.grad_weight.startswith("btv") else (h_BCD, dlogits)
         dw = dw + contract(spec.grad_weight, *pair, operand_dtype=spec.operand)
