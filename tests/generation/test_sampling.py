@@ -16,6 +16,7 @@ from jaxllm.generation.sampling import (
     filter_logits,
     init_sampling,
     log_softmax,
+    most_likely,
     penalise,
 )
 from jaxllm.generation.sampling import sample as eager_sample
@@ -182,3 +183,9 @@ def test_rows_end_at_stop_ids_and_at_their_last_token():
 def test_wrong_parameters_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}="):
         SamplingParams(**{name: value})
+
+
+def test_the_first_of_the_highest_is_taken(rng):
+    logits = rng.integers(-3, 3, (50, 17)).astype(np.float32)
+    logits[1] = -np.inf
+    np.testing.assert_array_equal(most_likely(jnp.asarray(logits)), np.argmax(logits, axis=-1))

@@ -164,12 +164,22 @@ def filter_logits(logits: Float[Array, "R V"], state: SamplingState) -> Float[Ar
     return jnp.where(logits >= jnp.maximum(jnp.maximum(least, nucleus), likely), logits, -jnp.inf)
 
 
+def most_likely(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
+    """The first of each row's highest logits; 0 in a row with NaN.
+
+    Two plain reductions: XLA:CPU makes a scalar loop of the one over pairs that ``argmax`` is.
+    """
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits < top, logits.shape[-1], ids), axis=-1)
+
+
 def draw(
     logits: Float[Array, "R V"], state: SamplingState, positions: Int[Array, " R"], features: Features
 ) -> Int32[Array, " R"]:
     """One token per row from processed ``logits``, keyed by (the row's seed, the new token's position)."""
     if not features.random:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return most_likely(logits)
     greedy = state.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, state.temperature)[:, None]
     if features.filters:
@@ -180,7 +190,7 @@ def draw(
         return jax.random.gumbel(key, (logits.shape[-1],), jnp.float32)
 
     gumbel = jax.vmap(noise)(state.seed, positions)
-    return jnp.argmax(jnp.where(greedy[:, None], logits, scaled + gumbel), axis=-1).astype(jnp.int32)
+    return most_likely(jnp.where(greedy[:, None], logits, scaled + gumbel))
 
 
 def log_softmax(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
