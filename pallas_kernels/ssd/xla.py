@@ -24,9 +24,10 @@ def _one_token(x, dt, A, B, C, D, state):
     rows, _, H, P = x.shape
     G, N = B.shape[2:]
     x, dt, B, C = (v[:, 0].astype(jnp.float32) for v in (x, dt, B, C))
-    decay, xb = jnp.exp(dt * A), dt[..., None] * x
-    # Kept apart: fused into the update, the exponential would be taken once per element of the state.
-    decay, xb = jax.lax.optimization_barrier((decay, xb))
+    # Held, as one array: fused into the update, all that leads to them would be done once per element of the state.
+    parts = (jnp.exp(dt * A), dt[..., None] * x, B)
+    held = materialise(jnp.concatenate([v.reshape(rows, -1) for v in parts], axis=1))
+    decay, xb, B = (v.reshape(part.shape) for v, part in zip(jnp.split(held, [H, H + H * P], axis=1), parts))
     new = xb[..., None] * jnp.repeat(B, H // G, axis=1)[:, :, None, :]
     if state is not None:
         new = decay[..., None, None] * state.astype(jnp.float32) + new
