@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import Cache, KVCache, init_cache, state_bytes, zero_slots
+from jaxllm.cache.state import Cache, KVCache, init_cache, read_kv, state_bytes, write_kv, zero_slots
 from jaxllm.config import (
     AttentionConfig,
     ConfigError,
@@ -196,7 +196,20 @@ def test_zero_slots_zeroes_recurrent_state_there_alone(rng):
 
 def test_bfloat16_keys_are_kept_as_asked():
     cache = init_cache(MODELS["mixed"], 2, 8, KVCache(dtype="bfloat16"))
-    assert cache.layers[1].k.dtype == jnp.bfloat16 and cache.layers[0].ssm.dtype == jnp.float32
+    assert cache.layers[1].k.dtype == jnp.uint16 and cache.layers[0].ssm.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_bfloat16_keys_come_back_rounded_once(page, rng):
+    cfg = MODELS["attention"]
+    state = init_cache(cfg, SLOTS, 8, KVCache(dtype="bfloat16", page_size=page)).layers[0]
+    batch = decode_batch([0] * SLOTS, [3] * SLOTS, [1, 0, 1, 1])
+    k, v = (jnp.asarray(rng.normal(size=(SLOTS, 1, 2, 4)), jnp.float32) for _ in range(2))
+    for written, value in zip(read_kv(write_kv(state, batch, k, v), batch, None), (k, v)):
+        assert written.dtype == jnp.bfloat16
+        kept = np.asarray(value.astype(jnp.bfloat16)[:, 0], np.float32) * batch.segment_ids[:, :, None]
+        np.testing.assert_array_equal(np.asarray(written[:, :, 3], np.float32), kept)
+        assert np.count_nonzero(np.asarray(written, np.float32)) == np.count_nonzero(kept)
 
 
 def test_state_bytes_by_hand():

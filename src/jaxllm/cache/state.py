@@ -45,7 +45,11 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionState:
-    """Keys and values of one layer: [S * pages_per_slot, K, page, d] each."""
+    """Keys and values of one layer: [S * pages_per_slot, K, page, d] each.
+
+    bfloat16 is stored as its bits, uint16: XLA:CPU scatters integers in place, but would convert a whole pool of
+    bfloat16 to float32 and back for every token written.
+    """
 
     k: Leaf
     v: Leaf
@@ -103,6 +107,7 @@ def layer_state(
             capacity % page == 0, "kv.page_size", page, f"must divide the slot capacity of {capacity} tokens"
         )
         dtype = compute if kv.dtype == "compute" else jnp.dtype(kv.dtype)
+        dtype = jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
         n = capacity // page
         shape = (slots * n, a.num_kv_heads, page, a.head_dim)
         return AttentionState(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), pages_per_slot=n)
@@ -172,6 +177,18 @@ def _token_slots(batch: PackedBatch, slots: int) -> Any:
     return jnp.where((batch.segment_ids > 0) & (owner >= 0), owner, slots)
 
 
+def _stored(value: Array, dtype: Any) -> Array:
+    """``value`` as a pool of ``dtype`` keeps it."""
+    if dtype != jnp.uint16:
+        return value.astype(dtype)
+    return jax.lax.bitcast_convert_type(value.astype(jnp.bfloat16), jnp.uint16)
+
+
+def _loaded(stored: Array) -> Array:
+    """The floats of what a pool keeps."""
+    return stored if stored.dtype != jnp.uint16 else jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+
+
 def write_kv(
     state: AttentionState, batch: PackedBatch, k: Float[Array, "B T K d"], v: Float[Array, "B T K d"]
 ) -> AttentionState:
@@ -184,8 +201,8 @@ def write_kv(
     offset = batch.positions % state.page
     return replace(
         state,
-        k=state.k.at[page, :, offset].set(k.astype(state.k.dtype), mode="drop"),
-        v=state.v.at[page, :, offset].set(v.astype(state.v.dtype), mode="drop"),
+        k=state.k.at[page, :, offset].set(_stored(k, state.k.dtype), mode="drop"),
+        v=state.v.at[page, :, offset].set(_stored(v, state.v.dtype), mode="drop"),
     )
 
 
@@ -221,4 +238,4 @@ def read_kv(
     index = jnp.arange(segments * bound, dtype=jnp.int32)
     positions = jnp.broadcast_to(index % bound, (rows, segments * bound))
     owners = jnp.broadcast_to(index // bound + 1, (rows, segments * bound))
-    return read(state.k), read(state.v), positions, owners
+    return _loaded(read(state.k)), _loaded(read(state.v)), positions, owners
