@@ -155,13 +155,13 @@ _prefill_jit = jax.jit(_prefill, static_argnames=("cfg", "features", "bound"), d
 
 
 @functools.cache
-def _decode_jit() -> Any:
+def _decode_jit(operands: str) -> Any:
     # Built at the first call: its options need the backend, which importing must not start.
     return jax.jit(
         _decode_step,
         static_argnames=("cfg", "features", "rows", "bound", "k"),
         donate_argnums=(1, 2),
-        compiler_options=decode_options(),
+        compiler_options=decode_options(operands),
     )
 
 
@@ -235,12 +235,13 @@ def decode_step(
         k steps of ``rows`` rows (token -1 where a row was not live or the step was not taken), cache, sampling.
     """
     taken = k if steps is None else min(steps, k)
-    return _decode_jit()(
+    step = _decode_jit(cfg.precision.operand or cfg.precision.compute)
+    return step(
         params, cache, sampling, taken, least_live, cfg=cfg, features=features, rows=rows, bound=bound, k=k
     )
 
 
 def compiled_programs() -> int:
     """Programs compiled so far by the three steps; constant while buckets repeat."""
-    steps: tuple[Any, ...] = (_admit_jit, _prefill_jit, _decode_jit())
+    steps: tuple[Any, ...] = (_admit_jit, _prefill_jit, *map(_decode_jit, ("float32", "bfloat16")))
     return sum(step._cache_size() for step in steps)
