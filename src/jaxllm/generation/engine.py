@@ -19,6 +19,7 @@ from jaxllm.generation.buckets import power_of_two
 from jaxllm.generation.request import Event, Running, SamplingParams, union
 from jaxllm.generation.sampling import Features, SamplingState, init_sampling
 from jaxllm.generation.steps import StepOutput, admit, decode_step, prefill
+from jaxllm.generation.weights import operands
 from jaxllm.model.functional import Params
 
 LEAST_LENGTH = 16
@@ -78,6 +79,15 @@ class Engine:
         self._next = 0
         # The last call was a prefill: live requests have their turn next.
         self._prefilled = False
+
+    @property
+    def params(self) -> Params:
+        """Pure parameters, as the steps take them; None while the engine is idle in the pool."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self._params = None if params is None else operands(self.cfg, params)
 
     def add(self, prompt: list[int], params: SamplingParams) -> int:
         """Queue a request.

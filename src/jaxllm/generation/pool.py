@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxllm.config import ModelConfig
+from jaxllm.generation import weights
 from jaxllm.generation.engine import Engine, EngineConfig
 from jaxllm.model.functional import Params
 
@@ -34,6 +35,7 @@ def borrowed(cfg: ModelConfig, params: Params, config: EngineConfig) -> Iterator
 
 
 def clear() -> None:
-    """Forget all idle engines and so free their pools."""
+    """Forget all idle engines and rounded weights, and so free their memory."""
     with _lock:
         _idle.clear()
+    weights.clear()

@@ -17,6 +17,7 @@ from jaxllm.axes import Axes
 from jaxllm.config import ModelConfig
 from jaxllm.model import scan
 from jaxllm.model.hybrid import HybridLM
+from jaxllm.model.layers import Linear
 
 Params = Any
 
@@ -43,6 +44,13 @@ def merge(cfg: ModelConfig, params: Params) -> HybridLM:
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
     return nnx.merge(graphdef, state)
+
+
+@functools.lru_cache(maxsize=64)
+def linear_weights(cfg: ModelConfig) -> frozenset[str]:
+    """Dotted paths of the weights of all linear layers, the head's included unless it is tied."""
+    modules = nnx.iter_modules(nnx.merge(*_abstract(cfg)))
+    return frozenset(".".join(map(str, (*path, "weight"))) for path, m in modules if isinstance(m, Linear))
 
 
 def init_params(cfg: ModelConfig, seed: int = 0) -> Params:
