@@ -117,7 +117,8 @@ class Tokenizer:
         config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         template = file.with_name("chat_template.jinja")
         if template.is_file():
-            config.setdefault("chat_template", template.read_text(encoding="utf-8"))
+            # The file is the newer form, and wins in transformers too.
+            config["chat_template"] = template.read_text(encoding="utf-8")
 
         def special(role: str, default: str) -> int | None:
             token = config.get(role, None if config else default)
@@ -149,9 +150,21 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja chat template that came with the tokenizer."""
+        """The Jinja chat template that came with the tokenizer; of several, the one that is named "default"."""
         template = self.config.get("chat_template")
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}.get("default")
         return template if isinstance(template, str) else None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by their role ("bos_token", ...), as chat templates know them."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        found = {role: self.id_to_token(index) for role, index in ids.items() if index is not None}
+        for role in ("unk_token", "sep_token", "cls_token", "mask_token"):
+            token = self.config.get(role)
+            found[role] = token.get("content") if isinstance(token, dict) else token
+        return {role: token for role, token in found.items() if token is not None}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -221,6 +234,12 @@ class Tokenizer:
         """The bytes that each id stands for; special tokens spell their names."""
         characters = byte_level_characters() if self.is_byte_level else None
         return [token_to_bytes(self.id_to_token(index), characters) for index in range(self.vocab_size)]
+
+    @cached_property
+    def newline_ids(self) -> frozenset[int]:
+        """Ids whose text has a newline."""
+        spelt = {index for index, text in enumerate(self.token_table) if b"\n" in text}
+        return frozenset(spelt - self.special_ids)
 
     @cached_property
     def token_byte_lengths(self) -> np.ndarray:

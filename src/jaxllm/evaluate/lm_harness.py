@@ -199,22 +199,6 @@ class JaxLM(TemplateLM):
         """The conversation as one text, by the checkpoint's own template.
 
         Raises:
-            ConfigError: the checkpoint has none.
+            ConfigError: the checkpoint has none, or it refuses the conversation.
         """
-        template = self.lm.chat_template or self.tokenizer.chat_template
-        if template is None:
-            raise ConfigError(
-                "apply_chat_template=True: this checkpoint has no chat template; evaluate without it"
-            )
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise ConfigError(f"chat template: {message}")
-
-        names = {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}
-        special = {name: self.tokenizer.id_to_token(i) for name, i in names.items() if i is not None}
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        return environment.from_string(template).render(
-            messages=chat_history, add_generation_prompt=add_generation_prompt, **special
-        )
+        return self.lm.render_chat(chat_history, add_generation_prompt=add_generation_prompt)

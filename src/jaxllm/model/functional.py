@@ -6,7 +6,7 @@ inside the jitted function, where it costs nothing.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from jaxllm.axes import Axes
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, require
 from jaxllm.model import scan
 from jaxllm.model.hybrid import HybridLM
 from jaxllm.model.layers import Linear
@@ -141,3 +141,31 @@ class LanguageModel:
     def module(self) -> HybridLM:
         """The NNX module over these parameters."""
         return merge(self.cfg, self.params)
+
+    def render_chat(
+        self, messages: Sequence[Any], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """A conversation as text, by the checkpoint's own template; see :func:`jaxllm.data.chat.render_chat`.
+
+        Args:
+            messages: dictionaries with "role" and "content".
+            add_generation_prompt: end with the beginning of an answer.
+            variables: what else the template knows, such as ``tools``, ``enable_thinking`` or ``reasoning_budget``.
+
+        Raises:
+            ConfigError: the model has no tokenizer or no template, or what the template refuses.
+        """
+        from jaxllm.data.chat import render_chat
+
+        require(self.tokenizer is not None, "tokenizer", None, "a chat needs a model with a tokenizer")
+        template = self.chat_template or self.tokenizer.chat_template
+        require(template is not None, "chat_template", None, "this model has none; give plain prompts")
+        variables = self.tokenizer.special_tokens | variables
+        return render_chat(template, messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def encode_chat(
+        self, messages: Sequence[Any], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """:meth:`render_chat` as token ids: a prompt for :func:`jaxllm.generate`."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.tokenizer.encode(text, parse_special=True)
