@@ -9,7 +9,7 @@ from typing import Any
 _HOMES = {
     "AttentionConfig": "jaxllm.config",
     "ConfigError": "jaxllm.config",
-    "GenerationResult": "jaxllm.generation.api",
+    "GenerationResult": "jaxllm.generation.results",
     "HybridLM": "jaxllm.model.hybrid",
     "KVCache": "jaxllm.cache.state",
     "LanguageModel": "jaxllm.model.functional",

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from jaxllm.cli.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxllm.generation.api import GenerationResult, StreamEvent
+    from jaxllm.generation.results import GenerationResult, StreamEvent
     from jaxllm.model.functional import LanguageModel
 
 

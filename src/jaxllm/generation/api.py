@@ -2,114 +2,28 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxllm.cache.state import KVCache
 from jaxllm.config import ModelConfig, require
 from jaxllm.generation.buckets import multiple, power_of_two
+from jaxllm.generation.budget import Marker, ThinkingBudget, prompt_budgets, sequence_width
 from jaxllm.generation.engine import LEAST_BOUND, Engine, EngineConfig
 from jaxllm.generation.pool import borrowed
 from jaxllm.generation.request import Event, SamplingParams
-from jaxllm.generation.text import TextStream
+from jaxllm.generation.results import Answer, StreamEvent
 from jaxllm.model import functional
 from jaxllm.model.functional import LanguageModel
 from jaxllm.model.hybrid import HybridLM
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
+# How models of the Nemotron, Qwen and DeepSeek families mark thinking.
+THINKING_MARKERS = ("<think>", "</think>")
+
 # Steps of one call where nobody waits for single tokens; the call ends early when all rows have ended.
 STEPS_PER_CALL = 32
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """What one prompt gave.
-
-    Attributes:
-        token_ids: the sampled tokens, those that ended the answer included.
-        text: their text, without the stop string that ended it; None without a tokenizer.
-        finish_reason: "stop" (stop id or stop string) or "length" (max_new_tokens).
-        prompt_tokens: tokens of the prompt.
-        logprobs: log-probability of each token under the model itself, before temperature and penalties; None unless
-            asked for.
-        top_logprobs: for each token the most likely ones, (id, log-probability); None unless asked for.
-        time_to_first_token: seconds from the call to this prompt's first token, waiting and compiling included.
-        decode_tokens_per_second: tokens after the first over the time since the first; None with fewer than two.
-    """
-
-    token_ids: list[int]
-    text: str | None
-    finish_reason: str
-    prompt_tokens: int
-    logprobs: list[float] | None
-    top_logprobs: list[tuple[tuple[int, float], ...]] | None
-    time_to_first_token: float
-    decode_tokens_per_second: float | None
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """One token of a stream.
-
-    Attributes:
-        index: which prompt.
-        token_id: the token.
-        text: text that became certain with it, often empty; "" without a tokenizer.
-        logprob: its log-probability, where asked for.
-        result: the whole result, on the prompt's last event.
-    """
-
-    index: int
-    token_id: int
-    text: str
-    logprob: float | None = None
-    result: GenerationResult | None = None
-
-
-class _Answer:
-    """What is known of one prompt's answer."""
-
-    def __init__(self, index: int, prompt_tokens: int, tokenizer: Any, stop: tuple[str, ...], started: float):
-        self.index, self.prompt_tokens, self.started = index, prompt_tokens, started
-        self.stream = None if tokenizer is None else TextStream(tokenizer, stop)
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.top: list[tuple[tuple[int, float], ...]] = []
-        self.first = self.last = started
-        self.done = False
-
-    def take(self, event: Event, now: float) -> StreamEvent:
-        """Add a token; ``now`` is when it became known."""
-        if not self.tokens:
-            self.first = now
-        self.last = now
-        self.tokens.append(event.token)
-        if event.logprob is not None and event.top_logprobs is not None:
-            self.logprobs.append(event.logprob)
-            self.top.append(event.top_logprobs)
-        piece, reason = "", event.finish_reason
-        if self.stream is not None:
-            piece = self.stream.push(event.token)
-            if reason is not None:
-                piece += self.stream.flush()
-            reason = "stop" if self.stream.stopped else reason
-        self.done = reason is not None
-        result = None if reason is None else self._result(reason)
-        return StreamEvent(self.index, event.token, piece, event.logprob, result)
-
-    def _result(self, reason: str) -> GenerationResult:
-        seconds = self.last - self.first
-        return GenerationResult(
-            token_ids=self.tokens,
-            text=None if self.stream is None else self.stream.text,
-            finish_reason=reason,
-            prompt_tokens=self.prompt_tokens,
-            logprobs=self.logprobs or None,
-            top_logprobs=self.top if any(self.top) else None,
-            time_to_first_token=self.first - self.started,
-            decode_tokens_per_second=(len(self.tokens) - 1) / seconds if seconds > 0 else None,
-        )
 
 
 def generate(
@@ -130,6 +44,10 @@ def generate(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     logprobs: int | None = None,
+    thinking_budget: int | None = None,
+    thinking_grace: int = 0,
+    thinking_close: Marker | None = None,
+    thinking_markers: tuple[Marker, Marker] = THINKING_MARKERS,
     kv: KVCache | None = None,
     max_batch: int = 8,
     chunk: int = 512,
@@ -156,6 +74,12 @@ def generate(
         stop_token_ids: tokens that end an answer, beside the tokenizer's end token.
         ignore_eos: do not end at the tokenizer's end token.
         logprobs: report log-probabilities of the chosen tokens and of this many most likely ones.
+        thinking_budget: in prompts that end with what opens thinking, tokens after which thinking is closed by force;
+            negative: unlimited, thinking is only counted; None: not looked at. Other prompts are not touched.
+        thinking_grace: closing waits this many tokens for one with a newline. Without a tokenizer no token has one.
+        thinking_close: what is forced, text or token ids; it holds the end of thinking. None: that alone.
+        thinking_markers: what opens and what ends thinking, text or token ids. The model's own end is found as the
+            token ids of the marker: where these are several that merge with their neighbours, it can be missed.
         kv: how keys and values are kept.
         max_batch: prompts decoded at once; the others queue.
         chunk: longest piece of a prompt that one call reads.
@@ -223,6 +147,18 @@ def generate(
         stop_token_ids=tuple(ending),
         logprobs=logprobs,
     )
+    thinking: list[ThinkingBudget | None] = [None] * len(ids)
+    if thinking_budget is None:
+        require(thinking_grace == 0, "thinking_grace", thinking_grace, "needs a thinking_budget")
+        require(thinking_close is None, "thinking_close", thinking_close, "needs a thinking_budget")
+    else:
+        thinking = prompt_budgets(
+            tokenizer, ids, thinking_budget, thinking_grace, thinking_close, thinking_markers, vocab
+        )
+    requests = [
+        replace(common, seed=(seed + index) % 2**32, thinking=budget) for index, budget in enumerate(thinking)
+    ]
+    thinking_width = sequence_width(thinking)
     kv = kv or KVCache()
     capacity = power_of_two(max(map(len, ids)) + max_new_tokens, LEAST_BOUND)
     config = EngineConfig(
@@ -233,10 +169,15 @@ def generate(
         stop_width=power_of_two(len(ending), 4),
         penalties=common.features.penalties,
         vocab_limit=vocab if vocab < cfg.vocab_size else None,
+        thinking_width=power_of_two(thinking_width, 4) if thinking_width else 0,
+        newline_ids=tokenizer.newline_ids if thinking_width and tokenizer is not None else frozenset(),
     )
     k = steps_per_call or (1 if stream else STEPS_PER_CALL)
-    answers = [_Answer(i, len(prompt), tokenizer, stops, started) for i, prompt in enumerate(ids)]
-    events = _run(cfg, params, config, ids, common, answers, k)
+    answers = [
+        Answer(i, len(prompt), tokenizer, stops, None if budget is None else budget.end, started)
+        for i, (prompt, budget) in enumerate(zip(ids, thinking))
+    ]
+    events = _run(cfg, params, config, ids, requests, answers, k)
     if stream:
         return events
     results = {event.index: event.result for event in events if event.result is not None}
@@ -248,20 +189,19 @@ def _run(
     params: Any,
     config: EngineConfig,
     ids: list[list[int]],
-    common: SamplingParams,
-    answers: list[_Answer],
+    requests: list[SamplingParams],
+    answers: list[Answer],
     k: int,
 ) -> Iterator[StreamEvent]:
     with borrowed(cfg, params, config) as engine:
         owners = {
-            engine.add(prompt, replace(common, seed=(common.seed + index) % 2**32)): answers[index]
-            for index, prompt in enumerate(ids)
+            engine.add(prompt, params): answer for prompt, params, answer in zip(ids, requests, answers)
         }
         while engine.busy:
             yield from _told(engine, engine.step(k), owners)
 
 
-def _told(engine: Engine, events: list[Event], owners: dict[int, _Answer]) -> Iterator[StreamEvent]:
+def _told(engine: Engine, events: list[Event], owners: dict[int, Answer]) -> Iterator[StreamEvent]:
     now = time.perf_counter()
     for event in events:
         answer = owners[event.request]

@@ -19,6 +19,7 @@ from jaxllm.generation.buckets import power_of_two
 from jaxllm.generation.request import Event, Running, SamplingParams, union
 from jaxllm.generation.sampling import Features, SamplingState, init_sampling
 from jaxllm.generation.steps import StepOutput, admit, decode_step, prefill
+from jaxllm.generation.thinking import newline_table, thinking_rows
 from jaxllm.generation.weights import operands
 from jaxllm.model.functional import Params
 
@@ -38,6 +39,8 @@ class EngineConfig:
         stop_width: most stop ids of a request.
         penalties: requests may use penalties (costs slots * vocabulary counts).
         vocab_limit: ids of the tokenizer, where the model has more; the others are never sampled. None: all are.
+        thinking_width: longest closing or ending sequence of a thinking budget; 0: requests may have none.
+        newline_ids: ids whose text has a newline, at which a thinking budget may close; only with budgets.
     """
 
     slots: int
@@ -47,6 +50,8 @@ class EngineConfig:
     stop_width: int = 4
     penalties: bool = False
     vocab_limit: int | None = None
+    thinking_width: int = 0
+    newline_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         positive(slots=self.slots, capacity=self.capacity, chunk=self.chunk, stop_width=self.stop_width)
@@ -56,6 +61,7 @@ class EngineConfig:
             self.vocab_limit,
             "must be None or at least 1",
         )
+        require(self.thinking_width >= 0, "thinking_width", self.thinking_width, "must be at least 0")
 
 
 class Engine:
@@ -71,7 +77,13 @@ class Engine:
         self.config = config
         self._cache = init_cache(cfg, config.slots, config.capacity, config.kv)
         counted = cfg.vocab_size if config.penalties else None
-        self._sampling = init_sampling(config.slots, stop_width=config.stop_width, counted_vocab=counted)
+        self._sampling = init_sampling(
+            config.slots,
+            stop_width=config.stop_width,
+            counted_vocab=counted,
+            thinking_width=config.thinking_width,
+            newline=newline_table(config.newline_ids, cfg.vocab_size) if config.thinking_width else None,
+        )
         self._free = list(range(config.slots))
         self._waiting: deque[Running] = deque()
         self._reading: list[Running] = []
@@ -134,6 +146,8 @@ class Engine:
             features.logprobs,
             f"at most the vocabulary of {sampled}",
         )
+        if params.thinking is not None:
+            params.thinking.check_fits(len(prompt), sampled, self.config.thinking_width)
         request = Running(self._next, list(prompt), params)
         self._next += 1
         self._waiting.append(request)
@@ -307,6 +321,10 @@ def _sampling_rows(
     for row, p in enumerate(params):
         stop_ids[row, : len(p.stop_token_ids)] = p.stop_token_ids
     zeros, vocab = np.zeros((rows,), np.int32), cfg.vocab_size
+    thinking, width = None, config.thinking_width
+    if width:
+        budgets, prompts = [p.thinking for p in params], [request.prompt for request in requests]
+        thinking = thinking_rows(budgets, prompts, config.newline_ids, rows, width)
     return SamplingState(
         token=zeros,
         position=zeros,
@@ -324,4 +342,5 @@ def _sampling_rows(
         frequency=column([p.frequency_penalty for p in params], np.float32),
         prompted=np.zeros((rows, vocab), bool) if config.penalties else None,
         counts=np.zeros((rows, vocab), np.int32) if config.penalties else None,
+        thinking=thinking,
     )

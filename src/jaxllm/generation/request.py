@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from jaxllm.config import require
+from jaxllm.generation.budget import ThinkingBudget
 from jaxllm.generation.sampling import Features
 
 # Larger top-n lists cost more than they tell.
@@ -27,6 +28,7 @@ class SamplingParams:
         seed: with a token's position it decides the draw; nothing else does.
         stop_token_ids: tokens that end the request; the ending token is the last of ``token_ids``.
         logprobs: report log-probabilities of the chosen tokens and of this many most likely ones; None: none.
+        thinking: the prompt stands inside thinking, which is to be closed after so many tokens; None: nothing is.
     """
 
     max_new_tokens: int = 128
@@ -41,6 +43,7 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    thinking: ThinkingBudget | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
@@ -89,6 +92,12 @@ class SamplingParams:
             self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
             f"must be None or an integer from 0 to {MAX_LOGPROBS}",
         )
+        barred = set(self.stop_token_ids) if self.min_new_tokens else set()
+        check(
+            "thinking",
+            self.thinking is None or not barred.intersection(self.thinking.close),
+            "with min_new_tokens, stop_token_ids may hold none of the closing ids: they are forced",
+        )
 
     @property
     def features(self) -> Features:
@@ -105,6 +114,7 @@ class SamplingParams:
             filters=sampled and filtered,
             penalties=penalised,
             min_tokens=self.min_new_tokens > 0 and bool(self.stop_token_ids),
+            thinking=self.thinking is not None and self.thinking.limited,
             logprobs=self.logprobs,
         )
 
@@ -117,6 +127,7 @@ def union(features: list[Features]) -> Features:
         filters=any(f.filters for f in features),
         penalties=any(f.penalties for f in features),
         min_tokens=any(f.min_tokens for f in features),
+        thinking=any(f.thinking for f in features),
         logprobs=max(logprobs, default=None),
     )
 

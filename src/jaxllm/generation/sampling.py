@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxllm.batch import Leaf
+from jaxllm.generation.thinking import Thinking, advance_thinking, force, init_thinking
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Features:
         filters: some row uses top_k, top_p or min_p.
         penalties: some row uses a penalty; the state then holds token counts.
         min_tokens: some row must not stop before a number of tokens.
+        thinking: some row has a budget of thinking tokens; the state then holds where its thinking is.
         logprobs: None for none, otherwise the number of most likely tokens reported beside the chosen one.
         vocab_limit: only ids below it are sampled or reported; None: all. Models pad their vocabulary past the
             tokenizer's, and no text belongs to the rest.
@@ -32,6 +34,7 @@ class Features:
     filters: bool = False
     penalties: bool = False
     min_tokens: bool = False
+    thinking: bool = False
     logprobs: int | None = None
     vocab_limit: int | None = None
 
@@ -58,6 +61,8 @@ class SamplingState:
         frequency: f32[S]; 0 for none.
         prompted: bool[S, V]; tokens of the prompt; None without penalties.
         counts: i32[S, V]; how often each token was sampled; None without penalties.
+        thinking: where each slot is in its thinking; None without budgets.
+        newline: bool[V]; ids whose text has a newline, for all slots; None without budgets and in rows to be put.
     """
 
     token: Leaf
@@ -76,26 +81,41 @@ class SamplingState:
     frequency: Leaf
     prompted: Leaf = None
     counts: Leaf = None
+    thinking: Thinking | None = None
+    newline: Leaf = None
 
     def rows(self, index: Any) -> "SamplingState":
         """The state at ``index`` of the slot axis: a slice, or i32[B] slots, of which -1 reads some slot's values."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        rows = jax.tree.map(lambda leaf: leaf[index], replace(self, newline=None))
+        return replace(rows, newline=self.newline)
 
     def put(self, slots: Int32[Array, " B"], rows: "SamplingState") -> "SamplingState":
         """This state with ``rows`` (leaves [B, ...]) at ``slots``; slot -1 is dropped."""
         slots = jnp.where(slots < 0, self.token.shape[0], slots)
-        return jax.tree.map(
-            lambda pool, row: pool.at[slots].set(row.astype(pool.dtype), mode="drop"), self, rows
+        put = jax.tree.map(
+            lambda pool, row: pool.at[slots].set(row.astype(pool.dtype), mode="drop"),
+            replace(self, newline=None),
+            replace(rows, newline=None),
         )
+        return replace(put, newline=self.newline)
 
 
-def init_sampling(slots: int, *, stop_width: int = 1, counted_vocab: int | None = None) -> SamplingState:
+def init_sampling(
+    slots: int,
+    *,
+    stop_width: int = 1,
+    counted_vocab: int | None = None,
+    thinking_width: int = 0,
+    newline: Bool[Array, " V"] | None = None,
+) -> SamplingState:
     """A state in which no slot lives.
 
     Args:
         slots: S.
         stop_width: most stop ids of a request.
         counted_vocab: V where penalties shall be possible; None leaves the counts out.
+        thinking_width: longest closing or ending sequence of a thinking budget; 0 leaves thinking out.
+        newline: ids whose text has a newline, where there are thinking budgets.
     """
 
     def full(value: Any, dtype: Any) -> jax.Array:
@@ -119,6 +139,8 @@ def init_sampling(slots: int, *, stop_width: int = 1, counted_vocab: int | None 
         frequency=full(0, jnp.float32),
         prompted=jnp.zeros((slots, counted_vocab), jnp.bool_) if counted else None,
         counts=jnp.zeros((slots, counted_vocab), jnp.int32) if counted else None,
+        thinking=init_thinking(slots, thinking_width) if thinking_width else None,
+        newline=newline if thinking_width else None,
     )
 
 
@@ -225,7 +247,8 @@ def sample(
     """One token per row.
 
     The order is that of Hugging Face's processors: penalties, minimum length, temperature, top-k, top-p, min-p; ids
-    past ``vocab_limit`` go before top-k. Log-probabilities stay those of the whole vocabulary.
+    past ``vocab_limit`` go before top-k. A row whose thinking is being closed takes its closing id instead of the draw.
+    Log-probabilities stay those of the whole vocabulary.
 
     Args:
         logits: raw logits.
@@ -241,6 +264,8 @@ def sample(
     if features.vocab_limit is not None:
         processed = bar_padding(processed, features.vocab_limit)
     tokens = draw(processed, state, positions, features)
+    if features.thinking and state.thinking is not None:
+        tokens = force(tokens, state.thinking)
     if features.logprobs is None:
         return Sampled(tokens)
     log_p = log_softmax(logits)
@@ -275,4 +300,7 @@ def advance(
     if features.penalties:
         counts = state.counts.at[jnp.arange(tokens.shape[0]), tokens].add(one)
         state = replace(state, counts=counts)
+    if features.thinking and state.thinking is not None:
+        thinking = advance_thinking(state.thinking, tokens, sampled, state.newline)
+        state = replace(state, thinking=thinking)
     return state

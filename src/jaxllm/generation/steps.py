@@ -145,9 +145,13 @@ def _merge_rows(
     changed = ["token", "position", "live", "remaining"]
     changed += ["barred"] if features.min_tokens else []
     changed += ["counts"] if features.penalties else []
-    return replace(
-        sampling, **{name: getattr(sampling, name).at[:rows].set(getattr(state, name)) for name in changed}
-    )
+    changed += ["thinking"] if features.thinking else []
+
+    def put(name: str) -> Any:
+        pools, first = getattr(sampling, name), getattr(state, name)
+        return jax.tree.map(lambda pool, leaf: pool.at[:rows].set(leaf), pools, first)
+
+    return replace(sampling, **{name: put(name) for name in changed})
 
 
 _admit_jit = jax.jit(_admit, donate_argnums=(0, 1))

@@ -30,6 +30,11 @@ class TextStream:
         self.text += held
         return piece + held
 
+    @property
+    def received(self) -> int:
+        """Characters of all tokens so far, those held back included, up to a stop string."""
+        return len(self.text) + len(self._held)
+
     def _release(self, new: str) -> str:
         if self.stopped:
             return ""
