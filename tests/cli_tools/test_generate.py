@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from jaxllm import generate
+from jaxllm import LanguageModel, generate, hf
 
 
 def test_the_completion_is_the_librarys(cli, folder, model):
@@ -87,3 +87,68 @@ def test_a_run_folder_is_a_model_too(cli, folder, tmp_path, exported):
         shutil.rmtree(run / "checkpoints")
     argv = ["--prompt", "A window", "--max-new-tokens", "6", "--temperature", "0"]
     assert cli("generate", run, *argv).out == cli("generate", folder, *argv).out
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{{ '<think>' if enable_thinking else '<no>' }}"
+    "{{ '' if reasoning_budget is not defined else reasoning_budget + 1 }}"
+)
+
+
+@pytest.fixture(scope="module")
+def talker(model, tmp_path_factory):
+    told = LanguageModel(model.cfg, model.params, model.tokenizer, chat_template=TEMPLATE)
+    return told, hf.save(told, tmp_path_factory.mktemp("talker") / "hf")
+
+
+GREEDY = ["--max-new-tokens", "12", "--temperature", "0", "--ignore-eos", "--json"]
+
+
+def test_a_chat_is_rendered_and_its_thinking_closed(cli, talker):
+    told, folder = talker
+    budget = ["--thinking-budget", "3", "--thinking-grace", "2", "--thinking-close", "Done.</think>"]
+    done = cli("generate", folder, "--chat", "--prompt", "Hi </s>", *GREEDY, *budget)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    ids = told.encode_chat([{"role": "user", "content": "Hi </s>"}], enable_thinking=True)
+    assert report["settings"]["prompt"] == "[user] Hi </s><think>"
+    how = dict(thinking_budget=3, thinking_grace=2, thinking_close="Done.</think>")
+    (expected,) = generate(told, ids, max_new_tokens=12, ignore_eos=True, **how)
+    assert report["token_ids"] == expected.token_ids and report["answer"] == expected.answer
+    assert report["timings"]["thinking_tokens"] == expected.thinking_tokens > 3
+
+
+def test_a_conversation_comes_from_a_file_with_the_templates_variables(cli, talker, tmp_path):
+    _, folder = talker
+    messages = [{"role": "system", "content": "é"}, {"role": "user", "content": "b"}]
+    (tmp_path / "chat.json").write_text(json.dumps(messages))
+    argv = ["--messages", tmp_path / "chat.json", "--no-enable-thinking", "--variable", "reasoning_budget=8"]
+    done = cli("generate", folder, *argv, *GREEDY)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["settings"]["prompt"] == "[system] é[user] b<no>9"
+    assert json.loads(done.out)["timings"]["thinking_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompt", "x", "--no-enable-thinking"], ["--no-enable-thinking", "--chat"]),
+        (["--prompt", "x", "--variable", "a=1"], ["--variable", "--chat"]),
+        (["--prompt", "x", "--chat", "--variable", "1=a"], ["--variable", "NAME=VALUE"]),
+        (["--prompt", "x", "--messages", "chat.json"], ["--messages", "Leave one out"]),
+        (["--messages", "chat.json"], ["--messages", "JSON list"]),
+        (["--prompt", "x", "--thinking-grace", "2"], ["thinking_grace", "thinking_budget"]),
+        (["--prompt", "x", "--chat", "--variable", "reasoning_budget=a"], ["chat template", "TypeError"]),
+    ],
+)
+def test_a_mistake_in_a_chat_is_named(cli, talker, argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat.json").write_text('{"role": "user"}')
+    done = cli("generate", talker[1], *argv)
+    assert done.code == 2
+    assert all(word in " ".join(done.err.replace("│", " ").split()) for word in words), done.err
+
+
+def test_a_chat_without_a_template_is_named(cli, folder):
+    done = cli("generate", folder, "--chat", "--prompt", "x")
+    assert done.code == 2 and "chat_template" in done.err

@@ -1,4 +1,4 @@
-"""``jaxllm generate``: complete a prompt, token by token."""
+"""``jaxllm generate``: complete a prompt or answer a conversation, token by token."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from jaxllm.cli.errors import UserError
+from jaxllm.cli.overrides import parse_value
 
 if TYPE_CHECKING:
     from jaxllm.generation.results import GenerationResult, StreamEvent
@@ -36,6 +37,13 @@ class Args:
         seed: the same seed gives the same text.
         stop: texts that end the completion; several may be given.
         ignore_eos: go on after the end token.
+        chat: the prompt is what a user says; the model's chat template makes the text of it.
+        messages: JSON file with a conversation, a list of {"role": ..., "content": ...}; implies --chat.
+        enable_thinking: what the chat template is told of thinking.
+        variable: further values for the chat template, NAME=VALUE each, such as reasoning_budget=200.
+        thinking_budget: in a prompt that ends with the begin of thinking, close it after N tokens of it.
+        thinking_grace: let closing wait up to N tokens for a line's end.
+        thinking_close: text that closes thinking, with </think> in it.
         json: print one JSON object instead of the text.
         report: print times and speeds after the text; compiles first, so that they are the model's own.
     """
@@ -54,6 +62,13 @@ class Args:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    chat: bool = False
+    messages: Path | None = None
+    enable_thinking: bool = True
+    variable: tuple[str, ...] = ()
+    thinking_budget: int | None = None
+    thinking_grace: int = 0
+    thinking_close: str | None = None
     json: bool = False
     report: bool = False
 
@@ -87,7 +102,46 @@ def read_prompt(args: Args) -> str:
     return text
 
 
-def _events(args: Args, model: "LanguageModel", prompt: str) -> "Iterator[StreamEvent]":
+def read_messages(args: Args) -> list[Any] | None:
+    """The conversation, or None where a plain prompt is asked for.
+
+    Raises:
+        UserError: as :func:`read_prompt`; a prompt beside the file, a file that is no JSON list, or options of a chat
+            without one.
+    """
+    if args.messages is None and not args.chat:
+        if args.variable or not args.enable_thinking:
+            flag, given = ("--variable", args.variable) if args.variable else ("--no-enable-thinking", True)
+            raise UserError(flag, given, "only with --chat or --messages: it goes to the chat template")
+        return None
+    if args.messages is None:
+        return [{"role": "user", "content": read_prompt(args)}]
+    if args.prompt is not None or args.prompt_file is not None:
+        raise UserError("--messages", str(args.messages), "either --messages or a prompt", "Leave one out.")
+    allowed = 'a JSON list of {"role": ..., "content": ...}'
+    try:
+        messages = json.loads(args.messages.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("--messages", str(args.messages), f"{allowed} ({error})") from None
+    if not isinstance(messages, list):
+        raise UserError("--messages", str(args.messages), allowed)
+    return messages
+
+
+def template_variables(args: Args) -> dict[str, Any]:
+    """What the chat template is told."""
+    known = {"enable_thinking": args.enable_thinking}
+    for change in args.variable:
+        name, equals, text = change.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(
+                "--variable", change, "NAME=VALUE", "For example: --variable reasoning_budget=200"
+            )
+        known[name] = parse_value(text, "--variable", change)
+    return known
+
+
+def _events(args: Args, model: "LanguageModel", prompt: str | list[int]) -> "Iterator[StreamEvent]":
     from jaxllm.generation.api import generate
 
     return generate(
@@ -104,6 +158,9 @@ def _events(args: Args, model: "LanguageModel", prompt: str) -> "Iterator[Stream
         seed=args.seed,
         stop=args.stop,
         ignore_eos=args.ignore_eos,
+        thinking_budget=args.thinking_budget,
+        thinking_grace=args.thinking_grace,
+        thinking_close=args.thinking_close,
         stream=True,
     )
 
@@ -132,7 +189,7 @@ def _stream(events: "Iterator[StreamEvent]", prompt: str, quiet: bool) -> "Gener
     return result
 
 
-def _warm_up(args: Args, model: "LanguageModel", prompt: str) -> float:
+def _warm_up(args: Args, model: "LanguageModel", prompt: str | list[int]) -> float:
     """Seconds of a first try, which compiles: the step that gives later tokens is compiled at the second one."""
     started = time.perf_counter()
     for count, _ in enumerate(_events(args, model, prompt)):
@@ -147,6 +204,7 @@ def _timings(result: "GenerationResult", loaded: float, compiled: float | None) 
         "compile_seconds": compiled,
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": len(result.token_ids),
+        "thinking_tokens": result.thinking_tokens,
         "finish_reason": result.finish_reason,
         "first_token_seconds": result.time_to_first_token,
         "tokens_per_second": result.decode_tokens_per_second,
@@ -163,6 +221,8 @@ def _show_report(timings: dict[str, Any]) -> None:
     made.add_row("compiling, and two tokens to see it done", duration(timings["compile_seconds"]))
     made.add_row("prompt tokens", count(timings["prompt_tokens"]))
     made.add_row("new tokens", count(timings["new_tokens"]))
+    if timings["thinking_tokens"] is not None:
+        made.add_row("of these thinking", count(timings["thinking_tokens"]))
     made.add_row(
         "ended by", {"stop": "a stop token or text", "length": "--max-new-tokens"}[timings["finish_reason"]]
     )
@@ -174,7 +234,9 @@ def _show_report(timings: dict[str, Any]) -> None:
 
 def run(args: Args) -> int:
     """Stream the completion, or print it as JSON."""
-    prompt = read_prompt(args)
+    messages = read_messages(args)
+    prompt = read_prompt(args) if messages is None else ""
+    variables = template_variables(args)
     from jaxllm.generation.folders import load
 
     started = time.perf_counter()
@@ -184,14 +246,18 @@ def run(args: Args) -> int:
         raise UserError(
             "folder", str(args.folder), "a model with a tokenizer.json", "Copy it there from the original."
         )
-    compiled = _warm_up(args, model, prompt) if args.report else None
-    result = _stream(_events(args, model, prompt), prompt, quiet=args.json)
+    ids: str | list[int] = prompt
+    if messages is not None:
+        prompt, ids = model.render_chat(messages, **variables), model.encode_chat(messages, **variables)
+    compiled = _warm_up(args, model, ids) if args.report else None
+    result = _stream(_events(args, model, ids), prompt, quiet=args.json)
     timings = _timings(result, loaded, compiled)
     if args.json:
         settings = {key: value for key, value in asdict(args).items() if key not in ("json", "report")}
-        settings |= {"folder": str(args.folder), "prompt": prompt, "prompt_file": None}
+        settings |= {"folder": str(args.folder), "prompt": prompt, "prompt_file": None, "messages": messages}
         report = {
             "text": result.text,
+            "answer": result.answer,
             "token_ids": result.token_ids,
             "timings": timings,
             "settings": settings,
