@@ -3,7 +3,7 @@
 from typing import Literal, overload
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_operand_dtype, require_shape
@@ -21,6 +21,7 @@ def attention(
     kv_positions: Int[Array, "B S"],
     q_segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
+    mask: Bool[Array, "B T S"] | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
@@ -41,6 +42,7 @@ def attention(
     kv_positions: Int[Array, "B S"],
     q_segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
+    mask: Bool[Array, "B T S"] | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
@@ -60,6 +62,7 @@ def attention(
     kv_positions: Int[Array, "B S"],
     q_segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
+    mask: Bool[Array, "B T S"] | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
@@ -70,8 +73,9 @@ def attention(
 ) -> Float[Array, "B T H d"] | tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]:
     """Softmax attention in which a query sees the keys of its document at its own and earlier positions.
 
-    A key is visible iff the segment ids agree and are not 0, ``kv_position <= q_position``, and
-    ``q_position - kv_position < window`` where a window is given. Query head h uses key head ``h // (H // K)``.
+    A key is visible iff the segment ids agree and are not 0, ``kv_position <= q_position``,
+    ``q_position - kv_position < window`` where a window is given, and ``mask`` holds where a mask is given. Query
+    head h uses key head ``h // (H // K)``.
 
     Sources: grouped queries, arXiv 2305.13245; soft cap, ``soft_cap tanh(score / soft_cap)``, arXiv 2408.00118.
 
@@ -84,6 +88,7 @@ def attention(
         kv_positions: position of each key in its document.
         q_segment_ids: document of each query; 0 = padding.
         kv_segment_ids: document of each key; 0 = padding or an empty cache slot.
+        mask: False hides a key (a tree's node from those that are not below it); None hides none.
         window: how many positions a query sees, its own included; None: all.
         soft_cap: bound of the scores before the mask; None: unbounded.
         scale: factor of the scores; None: ``d ** -0.5``.
@@ -122,6 +127,7 @@ def attention(
     require_shape("q_segment_ids", q_segment_ids, (B, T), "B, T")
     require_shape("kv_positions", kv_positions, (B, S), "B, S")
     require_shape("kv_segment_ids", kv_segment_ids, (B, S), "B, S")
+    require_shape("mask", mask, (B, T, S), "B, T, S")
     require(window is None or window >= 1, "window", window, "None or at least 1")
     require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
     require_operand_dtype(operand_dtype)
@@ -130,6 +136,7 @@ def attention(
         "kv_positions": kv_positions,
         "q_segment_ids": q_segment_ids,
         "kv_segment_ids": kv_segment_ids,
+        "mask": mask,
         "window": window,
         "soft_cap": soft_cap,
         "scale": d**-0.5 if scale is None else scale,

@@ -9,9 +9,11 @@ def visible(
     q_segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
     window: int | None,
+    mask: Bool[Array, "B T S"] | None,
 ) -> Bool[Array, "B T S"]:
-    """Same document, not padding, not later, and within the window."""
+    """Same document, not padding, not later, within the window, and not hidden by the mask."""
     q_id, kv_id = q_segment_ids[:, :, None], kv_segment_ids[:, None, :]
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
     seen = (q_id == kv_id) & (kv_id != 0) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+    seen = seen if window is None else seen & (distance < window)
+    return seen if mask is None else seen & mask

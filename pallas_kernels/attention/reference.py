@@ -22,6 +22,7 @@ def run(
     kv_positions,
     q_segment_ids,
     kv_segment_ids,
+    mask,
     window,
     soft_cap,
     scale,
@@ -36,7 +37,7 @@ def run(
     scores = scale * jnp.einsum("bthd,bshd->bths", q.astype(jnp.float32), k, precision="highest")
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    seen = visible(q_positions, kv_positions, q_segment_ids, kv_segment_ids, window)[:, :, None, :]
+    seen = visible(q_positions, kv_positions, q_segment_ids, kv_segment_ids, window, mask)[:, :, None, :]
     some = jnp.any(seen, axis=-1, keepdims=True)
     # Rows that see nothing take part with all keys and are overwritten: no -inf - (-inf) in either direction.
     scores = jnp.where(seen | ~some, scores, -jnp.inf)

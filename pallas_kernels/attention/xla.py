@@ -25,6 +25,12 @@ def _masked(scores, seen, soft_cap):
     return jnp.where(seen, scores, -jnp.inf)
 
 
+def _seen(q_places, kv_places, window):
+    """bool[B, t, S]; q_places: (positions, ids, mask or None) of the queries, kv_places: (positions, ids)."""
+    positions, ids, mask = q_places
+    return visible(positions, kv_places[0], ids, kv_places[1], window, mask)
+
+
 def _softmax(scores):
     """exp(scores - max) over the last axis, its sum (1 where nothing is seen) and the log of the true sum."""
     peak = jnp.max(scores, axis=-1, keepdims=True)
@@ -36,14 +42,14 @@ def _softmax(scores):
     return weights, total, jnp.where(some, peak + jnp.log(total), -jnp.inf)
 
 
-def _one_token(q, q_positions, q_ids, k, v, kv_positions, kv_ids, window, soft_cap, kv_layout, dtype):
+def _one_token(q, k, v, q_places, kv_places, window, soft_cap, kv_layout, dtype):
     """Decode: output [B, 1, H, d] and lse [B, 1, H] of scaled queries."""
     B, _, H, d = q.shape
     s, K = ("bksd", k.shape[1]) if kv_layout == "BKTD" else ("bskd", k.shape[2])
     rows = q.reshape(B, K, H // K, d)
     # The cache as left operand: three times faster on CPU for a few rows of queries.
     scores = contract(f"{s},bkmd->bksm", k, rows, operand_dtype=dtype).swapaxes(2, 3)
-    seen = visible(q_positions, kv_positions, q_ids, kv_ids, window)[:, None]
+    seen = _seen(q_places, kv_places, window)[:, None]
     weights, total, lse = _softmax(_masked(scores, seen, soft_cap))
     out = contract(f"bkms,{s}->bkmd", weights, v, operand_dtype=dtype) / total
     return out.reshape(B, 1, H, d), lse.reshape(B, 1, H)
@@ -82,7 +88,7 @@ def _einsum(spec, a, b):
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attend(q, k, v, q_places, kv_places, window, soft_cap, dtype):
-    """Output [B, T, H, d] and lse [B, T, H] of scaled queries over k, v [B, K, S, d]; places: (positions, ids)."""
+    """Output [B, T, H, d] and lse [B, T, H] of scaled queries over k, v [B, K, S, d]; places as in :func:`_seen`."""
     return _attend_fwd(q, k, v, q_places, kv_places, window, soft_cap, dtype)[0]
 
 
@@ -92,18 +98,18 @@ def _attend_fwd(q, k, v, q_places, kv_places, window, soft_cap, dtype):
     size = min(T, _BLOCK)
     keys, values = hold(k.astype(dtype)), hold(v.astype(dtype))
     queries = hold(_rows(_split(q, blocks, size), K).astype(dtype))
-    places = tuple(_split(w, blocks, size) for w in q_places)
+    places = jax.tree.map(lambda w: _split(w, blocks, size), q_places)
 
     def step(_, block):
-        rows, positions, ids = block
+        rows, places = block
         B, _, G, t, d = rows.shape
         scores = _einsum("bkmd,bksd->bkms", rows.reshape(B, K, G * t, d), keys).reshape(B, K, G, t, -1)
-        seen = visible(positions, kv_places[0], ids, kv_places[1], window)[:, None, None]
+        seen = _seen(places, kv_places, window)[:, None, None]
         weights, total, lse = _softmax(_masked(scores, seen, soft_cap))
         out = _einsum("bkms,bksd->bkmd", weights.astype(dtype).reshape(B, K, G * t, -1), values)
         return None, (out.reshape(rows.shape) / total, lse[..., 0])
 
-    outputs: Any = _over(blocks, step, None, (queries, *places))[1]
+    outputs: Any = _over(blocks, step, None, (queries, places))[1]
     out, lse = outputs
     like = tuple(jnp.zeros((0,), w.dtype) for w in (q, k, v))
     residuals = (queries, keys, values, places, kv_places, out, lse, like)
@@ -123,10 +129,10 @@ def _attend_bwd(window, soft_cap, dtype, residuals, cotangents):
 
     def step(carry, block):
         dk, dv = carry
-        rows, positions, ids, dout, lse, shift = block
+        rows, places, dout, lse, shift = block
         rows, dout = (w.reshape(B, K, G * t, d) for w in (rows, dout))
         scores = _einsum("bksd,bkmd->bksm", keys, rows).reshape(B, K, -1, G, t)
-        seen = visible(positions, kv_places[0], ids, kv_places[1], window).swapaxes(1, 2)[:, None, :, None]
+        seen = _seen(places, kv_places, window).swapaxes(1, 2)[:, None, :, None]
         scores = _masked(scores, seen, soft_cap)
         weights = hold(jnp.exp(scores - lse[:, :, None]))
         dweights = _einsum("bksd,bkmd->bksm", values, dout).reshape(weights.shape)
@@ -140,7 +146,7 @@ def _attend_bwd(window, soft_cap, dtype, residuals, cotangents):
         return (dk, dv), dq.reshape(B, K, d, G, t)
 
     start = tuple(jnp.zeros(w.shape, jnp.float32) for w in (keys, values))
-    blocked = (queries, *places, hold(dout.astype(dtype)), lse, shift)
+    blocked = (queries, places, hold(dout.astype(dtype)), lse, shift)
     (dk, dv), dq = _over(blocks, step, start, blocked)
     grads = (_join(jnp.moveaxis(dq, 3, 5), T), dk, dv)
     return *(g.astype(w.dtype) for g, w in zip(grads, like, strict=True)), None, None
@@ -158,6 +164,7 @@ def run(
     kv_positions,
     q_segment_ids,
     kv_segment_ids,
+    mask,
     window,
     soft_cap,
     scale,
@@ -167,9 +174,9 @@ def run(
     # Rounding a whole cache would cost more than the products of one token.
     dtype = jnp.dtype(k.dtype if q.shape[1] == 1 or operand_dtype is None else operand_dtype)
     scaled = q.astype(jnp.float32) * scale
-    q_places, kv_places = (q_positions, q_segment_ids), (kv_positions, kv_segment_ids)
+    q_places, kv_places = (q_positions, q_segment_ids, mask), (kv_positions, kv_segment_ids)
     if q.shape[1] == 1:
-        out, lse = _one_token(scaled, *q_places, k, v, *kv_places, window, soft_cap, kv_layout, dtype)
+        out, lse = _one_token(scaled, k, v, q_places, kv_places, window, soft_cap, kv_layout, dtype)
     else:
         if kv_layout == "BTKD":
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

@@ -1,11 +1,14 @@
 """Attention against float64 sums, its reference, torch, and itself under packing, padding and blocking."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import attention, xla
+from pallas_kernels import tree
+from pallas_kernels.attention import attention, merge, xla
 from tests.kernels.kernel_cases import SEGMENTS, close, documents, normal, values, values_and_grads
+from tests.kernels.tree_cases import path_to, random_parents
 
 B, T = SEGMENTS.shape
 H, K, d = 4, 2, 8
@@ -65,9 +68,13 @@ def test_every_document_of_a_packed_row_attends_to_itself(implementation, window
 
 
 @pytest.mark.parametrize("kv_layout", ["BTKD", "BKTD"])
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, 1.5)])
-def test_gradients_are_those_of_the_reference(kv_layout, window, soft_cap):
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "masked"), [(None, None, False), (4, 1.5, False), (9, None, True)]
+)
+def test_gradients_are_those_of_the_reference(kv_layout, window, soft_cap, masked):
     a = arrays()
+    if masked:
+        a["mask"] = np.random.default_rng(3).random((B, T, T)) < 0.7
     if kv_layout == "BKTD":
         a["k"], a["v"] = a["k"].swapaxes(1, 2), a["v"].swapaxes(1, 2)
     options = {"window": window, "soft_cap": soft_cap, "kv_layout": kv_layout}
@@ -86,9 +93,8 @@ def test_the_log_sum_exp_merges_two_halves_of_the_keys_and_has_a_gradient():
         values(attention, {**a, **PLACES, "kv_segment_ids": np.where(keep, SEGMENTS, 0)}, return_lse=True)
         for keep in (half, ~half)
     ]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = [np.where(np.isfinite(whole[1]), np.exp(p[1] - whole[1]), 0)[..., None] for p in parts]
-    close(share[0] * parts[0][0] + share[1] * parts[1][0], whole[0], 3e-6)
+    # Row 0 has queries that see keys of one half only, and padding that sees none.
+    close(merge(*jax.tree.map(jnp.asarray, parts)), whole, 3e-6)
     ids = {name: np.ones_like(v) if "segment" in name else v for name, v in PLACES.items()}
     weights = [normal(2, B, T, H, d), normal(2, B, T, H)]
     got, wanted = (
@@ -96,6 +102,26 @@ def test_the_log_sum_exp_merges_two_halves_of_the_keys_and_has_a_gradient():
         for i in ("xla", "reference")
     )
     close(got, wanted, 5e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_mask_leaves_each_node_of_a_tree_its_path(implementation):
+    """Over more than one block of queries; the window counts positions, that is depths."""
+    a, (rows, W) = arrays(), SEGMENTS.shape
+    parents = random_parents(np.random.default_rng(4), rows, W)
+    live = np.random.default_rng(5).random((rows, W)) < 0.8
+    seen = np.asarray(tree.ancestors(jnp.asarray(parents), jnp.asarray(live)))
+    depth = np.maximum(seen.sum(-1) - 1, 0).astype(np.int32)
+    ids = live.astype(np.int32)
+    places = dict(zip(PLACES, (depth, depth, ids, ids)))
+    out, lse = values(
+        attention, {**a, **places, "mask": seen}, window=5, return_lse=True, implementation=implementation
+    )
+    for b, i in np.argwhere(live):
+        path = path_to(parents[b], live[b], i)
+        wanted = by_hand(*(a[name][b, path] for name in "qkv"), 5, None)
+        close((out[b, i], lse[b, i]), (wanted[0][-1], wanted[1][-1]), 3e-6)
+    assert not out[~live].any()
 
 
 @pytest.mark.parametrize("kv_layout", ["BTKD", "BKTD"])
@@ -173,6 +199,7 @@ def test_agrees_with_torch():
         ({"v": np.ones((B, T, K, d + 1), np.float32)}, "v.shape"),
         ({"kv_positions": POSITIONS[:, 1:]}, "kv_positions.shape"),
         ({"q_segment_ids": SEGMENTS[:, 1:]}, "q_segment_ids.shape"),
+        ({"mask": np.ones((B, T, T + 1), bool)}, "mask.shape"),
         ({"window": 0}, "window=0: expected None or at least 1"),
         ({"soft_cap": 0.0}, "soft_cap=0.0"),
         ({"kv_layout": "KTBD"}, "kv_layout='KTBD': expected 'BTKD' or 'BKTD'"),
