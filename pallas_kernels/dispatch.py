@@ -12,8 +12,10 @@ from types import ModuleType
 IMPLEMENTATIONS = {
     "attention": ("xla", "reference"),
     "causal_conv": ("xla", "reference"),
+    "causal_conv.window": ("xla", "reference"),
     "grouped_matmul": ("xla", "reference"),
     "ssd": ("xla", "reference"),
+    "ssd.window": ("xla", "reference"),
 }
 
 

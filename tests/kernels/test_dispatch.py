@@ -12,7 +12,14 @@ from tests.kernels.kernel_cases import close, normal
 
 def test_explain_names_what_auto_takes_for_every_op():
     rows = dispatch.explain()
-    assert [op for op, _, _ in rows] == ["attention", "causal_conv", "grouped_matmul", "ssd"]
+    assert [op for op, _, _ in rows] == [
+        "attention",
+        "causal_conv",
+        "causal_conv.window",
+        "grouped_matmul",
+        "ssd",
+        "ssd.window",
+    ]
     assert all(implementation == "xla" and len(reason) > 20 for _, implementation, reason in rows)
 
 

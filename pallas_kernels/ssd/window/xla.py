@@ -1,0 +1,28 @@
+"""The masked quadratic form: two matmuls inside the window, one with the state before it."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.precision import contract
+
+REASON = "masked matmuls fused by XLA; no GPU kernel of this op is present"
+
+
+def supports(*_args, **_options) -> str | None:
+    return None
+
+
+def run(factors, a, C, *, ancestors, initial_state):
+    del a
+    xb, B, S = factors
+    rows, W, H, P = xb.shape
+    G = B.shape[2]
+    B, C = B.swapaxes(1, 2), C.swapaxes(1, 2)
+    S = S.swapaxes(1, 2)
+    # Masked before the exponential: from a node to one that is not its ancestor the difference may overflow.
+    pair = jnp.exp(jnp.where(ancestors[:, None], S[..., :, None] - S[..., None, :], -jnp.inf))
+    scores = contract("bgin,bgjn->bgij", C, B)[:, :, None] * pair.reshape(rows, G, H // G, W, W)
+    heads = xb.swapaxes(1, 2)
+    y = contract("bhij,bhjp->bhip", scores.reshape(rows, H, W, W), heads)
+    entering = contract("bgin,bgmn->bgim", C, initial_state.reshape(rows, G, -1, C.shape[-1]))
+    entering = entering.reshape(rows, G, W, H // G, P).swapaxes(2, 3).reshape(rows, H, W, P)
+    return (y + jnp.exp(S)[..., None] * entering).swapaxes(1, 2)
