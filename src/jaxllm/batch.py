@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tree
+
 # Leaves are arrays, but also ShapeDtypeStructs, shardings or tracers while JAX maps over the tree.
 Leaf = Any
 
@@ -27,7 +29,8 @@ class PackedBatch:
         targets: i32[B, T, Q]; the token Q steps ahead, -1 where there is none.
         loss_mask: f32[B, T]; weight of each position's loss.
         adapter_ids: i32[B, n]; one adapter per segment.
-        parents: i32[B, W]; tree windows; a chain is i - 1.
+        parents: i32[B, W]; in a window, each node's parent among its row's nodes, -1: the committed tokens. None: a
+            chain.
     """
 
     tokens: Leaf
@@ -50,7 +53,13 @@ class PackedBatch:
 
     @classmethod
     def from_rows(
-        cls, tokens: Leaf, *, lengths: Leaf = None, offset: Leaf = 0, slots: Leaf = None
+        cls,
+        tokens: Leaf,
+        *,
+        lengths: Leaf = None,
+        offset: Leaf = 0,
+        slots: Leaf = None,
+        parents: Leaf = None,
     ) -> "PackedBatch":
         """One document per row, right padded.
 
@@ -59,10 +68,20 @@ class PackedBatch:
             lengths: i32[B]; valid tokens of each row; None: all.
             offset: i32[B] or int; position of each row's first token.
             slots: i32[B, 1] or None, as in the class.
+            parents: i32[B, T] or None: the rows are trees, and a node's position is ``offset`` and its depth.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         rows, length = tokens.shape
         index = jnp.arange(length, dtype=jnp.int32)[None]
         offset = jnp.broadcast_to(jnp.asarray(offset, jnp.int32).reshape(-1, 1), (rows, 1))
         valid = jnp.ones((rows, length), bool) if lengths is None else index < jnp.asarray(lengths)[:, None]
-        return cls(tokens=tokens, segment_ids=valid.astype(jnp.int32), positions=index + offset, slots=slots)
+        if parents is not None:
+            parents = jnp.asarray(parents, jnp.int32)
+            index = jnp.maximum(tree.depths(tree.ancestors(parents, valid)), 0)
+        return cls(
+            tokens=tokens,
+            segment_ids=valid.astype(jnp.int32),
+            positions=index + offset,
+            slots=slots,
+            parents=parents,
+        )

@@ -3,17 +3,19 @@
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axis, Product
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import AttentionState, read_kv, write_kv
+from jaxllm.cache.window import AttentionWindow, accepted_nodes, read_committed, window_ancestors
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
 from jaxllm.model.layers import Linear, RMSNorm
 from jaxllm.model.rope import apply_rope
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attention, merge
 
 
 class Attention(nnx.Module):
@@ -23,7 +25,7 @@ class Attention(nnx.Module):
         a = cfg.attention
         assert a is not None
         self.cfg = a
-        self.window = window
+        self.sliding_window = window
         dtype = cfg.precision.param
         embed, head_dim = Axis("embed", cfg.hidden_size), Axis("head_dim", a.head_dim)
         kv_heads = Axis("kv_heads", a.num_kv_heads)
@@ -65,7 +67,7 @@ class Attention(nnx.Module):
             kv_positions=batch.positions,
             q_segment_ids=batch.segment_ids,
             kv_segment_ids=batch.segment_ids,
-            window=self.window,
+            window=self.sliding_window,
             operand_dtype=ctx.precision.operand,
             implementation=ctx.implementation,
         )
@@ -86,9 +88,42 @@ class Attention(nnx.Module):
             kv_positions=kv_positions,
             q_segment_ids=batch.segment_ids,
             kv_segment_ids=kv_segment_ids,
-            window=self.window,
+            window=self.sliding_window,
             kv_layout="BKTD",
             operand_dtype=ctx.precision.operand,
             implementation=ctx.implementation,
         )
         return self._out(y, ctx), state, {}
+
+    def window(
+        self, x: Float[Array, "B W D"], batch: PackedBatch, state: AttentionState, ctx: Context
+    ) -> tuple[Float[Array, "B W D"], AttentionWindow, dict[str, Any]]:
+        """Read on without writing: the slot's committed keys, and of the window's the node's own and its ancestors'."""
+        q, k, v = self._qkv(x, batch, ctx)
+        ancestors = window_ancestors(batch)
+        k_BKLd, v_BKLd, kv_positions, kv_segment_ids = read_committed(state, batch, ancestors, ctx.kv_bound)
+        # As the slot would keep them, so that a window sees what later tokens will see.
+        k, v = k.astype(k_BKLd.dtype), v.astype(v_BKLd.dtype)
+        attend = partial(
+            attention,
+            # The parts are merged before the output is rounded.
+            q.astype(jnp.float32),
+            q_positions=batch.positions,
+            q_segment_ids=batch.segment_ids,
+            window=self.sliding_window,
+            operand_dtype=ctx.precision.operand,
+            return_lse=True,
+            implementation=ctx.implementation,
+        )
+        before = attend(
+            k_BKLd, v_BKLd, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids, kv_layout="BKTD"
+        )
+        within = attend(k, v, kv_positions=batch.positions, kv_segment_ids=batch.segment_ids, mask=ancestors)
+        y, _ = merge(before, within)
+        return self._out(y.astype(x.dtype), ctx), AttentionWindow(state, batch, k, v), {}
+
+    def commit(self, window: AttentionWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> AttentionState:
+        """The accepted keys and values join their slot at their positions; past the capacity they are dropped."""
+        accepted = accepted_nodes(window.batch, path, n)
+        batch = window.batch.replace(segment_ids=accepted.astype(jnp.int32))
+        return write_kv(window.state, batch, window.k, window.v)

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axis
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import Cache
+from jaxllm.cache.window import CacheWindow
 from jaxllm.config import ModelConfig, require
 from jaxllm.linear import Context, linear
 from jaxllm.model.attention import Attention
@@ -51,6 +52,10 @@ class Block(nnx.Module):
     def extend(self, h: Array, batch: PackedBatch, state: Any, ctx: Context) -> tuple[Array, Any, Aux]:
         y, state, aux = self.mixer.extend(self.norm(h), batch, state, ctx)
         return h + y, state, aux
+
+    def window(self, h: Array, batch: PackedBatch, state: Any, ctx: Context) -> tuple[Array, Any, Aux]:
+        y, window, aux = self.mixer.window(self.norm(h), batch, state, ctx)
+        return h + y, window, aux
 
 
 class HybridLM(nnx.Module):
@@ -107,13 +112,16 @@ class HybridLM(nnx.Module):
                 reports.append(report)
         return self.norm_f(h), _collect(ctx, states, reports)
 
+    def _require_layers(self) -> None:
+        require(
+            not self.cfg.scan_layers, "scan_layers", True, "is for training; use functional.unstack first"
+        )
+
     def extend(
         self, batch: PackedBatch, cache: Cache, ctx: Context | None = None
     ) -> tuple[Float[Array, "B T D"], Cache, Aux]:
         """Final hidden states of a chunk that goes on from ``cache``, the cache after it, and taps as in ``hidden``."""
-        require(
-            not self.cfg.scan_layers, "scan_layers", True, "is for training; use functional.unstack first"
-        )
+        self._require_layers()
         ctx = ctx or self.context()
         h = self.embed(batch.tokens, ctx)
         hidden: list[Any] = [h]
@@ -150,6 +158,50 @@ class HybridLM(nnx.Module):
         ctx = ctx or self.context()
         block = self.mtp[0 if blocks == 1 else depth - 1]
         return block(h, self.embed(batch.tokens, ctx), batch, ctx)[0]
+
+    def window(
+        self, batch: PackedBatch, cache: Cache, ctx: Context | None = None
+    ) -> tuple[Float[Array, "B W D"], CacheWindow, Aux]:
+        """Final hidden states of a window that goes on from ``cache`` and leaves it as it is.
+
+        Args:
+            batch: one segment a row; ``parents`` makes it a tree, ``positions`` are the committed tokens' number and
+                a node's depth (``PackedBatch.from_rows`` with ``offset`` and ``parents``).
+            cache: pools; each row goes on from its slot.
+            ctx: ``kv_bound`` has to reach every row's committed tokens, not the window's.
+
+        Returns:
+            the hidden states that ``extend`` over the path to each node would give, what :meth:`commit` takes, and
+            taps as in :meth:`hidden`.
+
+        Raises:
+            ConfigError: the layers are stacked.
+            ValueError: ``parents`` or ``slots`` has not the shape of a window's.
+        """
+        self._require_layers()
+        ctx = ctx or self.context()
+        h = self.embed(batch.tokens, ctx)
+        hidden: list[Any] = [h]
+        windows, reports = [], []
+        for block, state in zip(self.layers, cache.layers, strict=True):
+            h, window, report = block.window(h, batch, state, ctx)
+            windows.append(window)
+            hidden.append(h)
+            reports.append(report)
+        return self.norm_f(h), CacheWindow(layers=tuple(windows)), _collect(ctx, hidden, reports)
+
+    def commit(self, window: CacheWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> Cache:
+        """The cache as if only one path of the window had been run by ``extend``.
+
+        Args:
+            window: of :meth:`window`.
+            path: for each row nodes from the top down, each the child of the one before it; only the first ``n``
+                count. Padding on it is passed over.
+            n: how many nodes of its path each row accepts; 0 leaves its slot as it is, bit by bit. Keys at
+                positions past the slot's capacity are dropped, as ``extend`` does: who grows a window keeps count.
+        """
+        layers = zip(self.layers, window.layers, strict=True)
+        return Cache(layers=tuple(block.mixer.commit(state, path, n) for block, state in layers))
 
     def head(self, h: Float[Array, "B T D"], ctx: Context | None = None) -> Float[Array, "B T V"]:
         """Logits in float32."""

@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axis, Concat, Product
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import MambaState, read_rows, write_rows
+from jaxllm.cache.window import MambaWindow, accepted_nodes, window_ancestors
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
 from jaxllm.model.layers import GatedRMSNorm, Linear, parameter
 from pallas_kernels.causal_conv import causal_conv
+from pallas_kernels.causal_conv.window import causal_conv_commit, causal_conv_window
 from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd.window import ssd_commit, ssd_window
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
@@ -67,6 +70,27 @@ class Mamba(nnx.Module):
         residual_std = cfg.init_std / len(cfg.pattern) ** 0.5
         self.out_proj = Linear(inner, embed, bias=m.proj_bias, std=residual_std, dtype=dtype, rngs=rngs)
 
+    def _conv_parameters(self, dtype: Any) -> tuple[Array, Array | None]:
+        bias = None if self.conv_bias is None else self.conv_bias[...].astype(dtype)
+        return self.conv_weight[...].astype(dtype), bias
+
+    def _scan_inputs(self, xBC: Array, dt: Array) -> tuple[Array, ...]:
+        """x, dt, A, B, C, D as the scan takes them."""
+        m = self.cfg
+        leading = dt.shape[:2]
+        x, B, C = self.conv_axis.split(xBC)
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        if m.dt_limit != (0.0, float("inf")):
+            dt = jnp.clip(dt, *m.dt_limit)
+        return (
+            x.reshape(*leading, m.num_heads, m.head_dim),
+            dt,
+            -jnp.exp(self.A_log[...].astype(jnp.float32)),
+            B.reshape(*leading, m.n_groups, m.state_size),
+            C.reshape(*leading, m.n_groups, m.state_size),
+            self.D[...].astype(jnp.float32),
+        )
+
     def _mix(
         self, u: Array, batch: PackedBatch, ctx: Context, conv: Array | None, ssm: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
@@ -76,23 +100,13 @@ class Mamba(nnx.Module):
         z, xBC, dt = self.in_axis.split(self.in_proj(u, ctx))
         xBC, conv = causal_conv(
             xBC,
-            self.conv_weight[...].astype(xBC.dtype),
-            None if self.conv_bias is None else self.conv_bias[...].astype(xBC.dtype),
+            *self._conv_parameters(xBC.dtype),
             segment_ids=batch.segment_ids,
             initial_state=conv,
             implementation=ctx.implementation,
         )
-        x, B, C = self.conv_axis.split(xBC)
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        if m.dt_limit != (0.0, float("inf")):
-            dt = jnp.clip(dt, *m.dt_limit)
         y, ssm = ssd(
-            x.reshape(rows, length, m.num_heads, m.head_dim),
-            dt,
-            -jnp.exp(self.A_log[...].astype(jnp.float32)),
-            B.reshape(rows, length, m.n_groups, m.state_size),
-            C.reshape(rows, length, m.n_groups, m.state_size),
-            self.D[...].astype(jnp.float32),
+            *self._scan_inputs(xBC, dt),
             segment_ids=batch.segment_ids,
             initial_state=ssm,
             chunk_size=m.chunk_size,
@@ -116,3 +130,35 @@ class Mamba(nnx.Module):
         y, conv, ssm = self._mix(x, batch, ctx, read_rows(state.conv, batch), read_rows(state.ssm, batch))
         assert conv is not None and ssm is not None
         return y, MambaState(write_rows(state.conv, batch, conv), write_rows(state.ssm, batch, ssm)), {}
+
+    def window(
+        self, x: Float[Array, "B W D"], batch: PackedBatch, state: MambaState, ctx: Context
+    ) -> tuple[Float[Array, "B W D"], MambaWindow, dict[str, Any]]:
+        """Convolution and scan along the path to each node, from the slot's state."""
+        rows, length = batch.shape
+        ancestors = window_ancestors(batch)
+        z, inputs, dt = self.in_axis.split(self.in_proj(x, ctx))
+        tree = {"ancestors": ancestors, "implementation": ctx.implementation}
+        xBC = causal_conv_window(
+            inputs,
+            *self._conv_parameters(inputs.dtype),
+            initial_state=read_rows(state.conv, batch)[:, 0],
+            **tree,
+        )
+        y, factors = ssd_window(
+            *self._scan_inputs(xBC, dt), initial_state=read_rows(state.ssm, batch)[:, 0], **tree
+        )
+        y = self.norm(y.reshape(rows, length, self.cfg.inner_size), z)
+        return self.out_proj(y, ctx), MambaWindow(state, batch, inputs, factors), {}
+
+    def commit(self, window: MambaWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> MambaState:
+        """The slot's states after each row's first ``n`` nodes of ``path``."""
+        state, batch = window.state, window.batch
+        accepted = accepted_nodes(batch, path, n)
+        conv = causal_conv_commit(
+            window.inputs, window_ancestors(batch), accepted, read_rows(state.conv, batch)[:, 0]
+        )
+        ssm = ssd_commit(window.factors, accepted, read_rows(state.ssm, batch)[:, 0])
+        return MambaState(
+            write_rows(state.conv, batch, conv[:, None]), write_rows(state.ssm, batch, ssm[:, None])
+        )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axis
 from jaxllm.batch import PackedBatch
@@ -44,3 +44,12 @@ class MLP(nnx.Module):
         """Keeps nothing between tokens."""
         y, aux = self(x, batch, ctx)
         return y, None, aux
+
+    def window(
+        self, x: Float[Array, "B W D"], batch: PackedBatch, state: None, ctx: Context
+    ) -> tuple[Float[Array, "B W D"], None, dict[str, Any]]:
+        """Keeps nothing."""
+        return self.extend(x, batch, state, ctx)
+
+    def commit(self, window: None, path: Int[Array, "B m"], n: Int[Array, " B"]) -> None:
+        """Nothing was kept."""

@@ -160,6 +160,15 @@ class MoE(nnx.Module):
         y, aux = self(x, batch, ctx)
         return y, None, aux
 
+    def window(
+        self, x: Float[Array, "B W D"], batch: PackedBatch, state: None, ctx: Context
+    ) -> tuple[Float[Array, "B W D"], None, dict[str, Any]]:
+        """Keeps nothing."""
+        return self.extend(x, batch, state, ctx)
+
+    def commit(self, window: None, path: Int[Array, "B m"], n: Int[Array, " B"]) -> None:
+        """Nothing was kept."""
+
 
 def balance(shares: Float[Array, "B T E"], ids: Int[Array, "B T k"]) -> Float[Array, " B"]:
     """``E sum_e f_e P_e`` of each row: 1 where all experts are chosen equally often, E / k where the same k always are.
