@@ -175,6 +175,19 @@ def test_fewer_rows_than_slots_leave_the_rest(rng):
 
 
 @pytest.mark.parametrize("page", [None, 4])
+def test_positions_of_padding_reach_no_slot(page, rng):
+    """Whatever they are: behind the last slot's end a negative one would lead back into it."""
+    cfg, extend, _ = steps("mixed")
+    cache = dirty(init_cache(cfg, SLOTS, CAPACITY, KVCache(page_size=page)), rng)
+    _, after = extend(
+        decode_batch([1, 2, 3, 4], [0, -1, -CAPACITY, 2 * CAPACITY], [1, 0, 0, 0]), cache, bound=24
+    )
+    for slot in (1, 2, 3):
+        for a, b in zip(slot_leaves(cache, slot), slot_leaves(after, slot)):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("page", [None, 4])
 def test_positions_past_the_capacity_reach_no_other_slot(page, rng):
     cfg, extend, _ = steps("mixed")
     cache = dirty(init_cache(cfg, SLOTS, CAPACITY, KVCache(page_size=page)), rng)

@@ -196,8 +196,8 @@ def write_kv(
     slots = len(state.k) // state.pages_per_slot
     owner = _token_slots(batch, slots)
     page = owner * state.pages_per_slot + batch.positions // state.page
-    # A position past the capacity must not reach the next slot's pages.
-    page = jnp.where(batch.positions < state.capacity, page, len(state.k))
+    # A position past the capacity, or any of padding, must not reach another slot's pages.
+    page = jnp.where((owner < slots) & (batch.positions < state.capacity), page, len(state.k))
     offset = batch.positions % state.page
     return replace(
         state,
