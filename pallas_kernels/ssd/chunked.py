@@ -5,20 +5,14 @@ the group, m = (head of the group, P).
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-
-class Aligned(NamedTuple):
-    """Documents that begin and end on chunk boundaries, so that the states pass through any number of them."""
-
-    document: Int[Array, "B nc"]
-    opens: Bool[Array, "B nc"]
-    closes: Bool[Array, "B nc"]
+from pallas_kernels.alignment import Aligned
 
 
 def _einsum(spec, a, b, dtype):

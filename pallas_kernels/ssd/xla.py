@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.alignment import align, move
 from pallas_kernels.materialise import hold, materialise
-from pallas_kernels.segments import extents, running_ids
-from pallas_kernels.ssd.chunked import Aligned, chunked_ssd
+from pallas_kernels.segments import running_ids
+from pallas_kernels.ssd.chunked import chunked_ssd
 
 REASON = "chunked matmuls fused by XLA; no GPU kernel of this op is present"
 
@@ -57,57 +57,12 @@ def _chunked(x, dt, A, B, C, ids, start, aligned, Q, dtype):
     return y.reshape(rows, nc * Q, H, P)[:, :T], final
 
 
-@jax.custom_vjp
-def _move(v, source, target):
-    """Row ``source[b, r]`` of v at row r, zeros where source is -1; ``target`` is the inverse map, likewise.
-
-    Both directions gather: the transpose of a gather would be a scatter, which is slow on every device.
-    """
-    rows = jnp.take_along_axis(v, jnp.maximum(source, 0).reshape(*source.shape, *[1] * (v.ndim - 2)), axis=1)
-    return jnp.where((source >= 0).reshape(*source.shape, *[1] * (v.ndim - 2)), rows, 0)
-
-
-def _move_fwd(v, source, target):
-    return _move(v, source, target), (source, target)
-
-
-def _move_bwd(maps, g):
-    source, target = maps
-    return _move(g, target, source), None, None
-
-
-_move.defvjp(_move_fwd, _move_bwd)
-
-
 def _aligned(x, dt, A, B, C, segment_ids, states, Q, dtype):
     """Every document moved to a chunk boundary: at most n extra chunks, no masks, exact states per document."""
-    T, n = segment_ids.shape[1], states.shape[1]
-    nc = (T + n * (Q - 1)) // Q
-    first, length = extents(segment_ids, n)
-    ends = jnp.cumsum(-(-length // Q), axis=1)
-    opening = ends - (-(-length // Q))
-    index = jnp.maximum(segment_ids - 1, 0)
-
-    def of_document(v, document):
-        return jnp.take_along_axis(v, document, axis=1)
-
-    target = jnp.arange(T) - of_document(first, index) + Q * of_document(opening, index)
-    target = jnp.where(segment_ids > 0, target, -1)
-    chunk = jnp.arange(nc)
-    # Chunks past the last document's end belong to it too, as padding.
-    document = jnp.minimum(jnp.sum(ends[:, None, :] <= chunk[:, None], axis=2), n - 1)
-    offset = jnp.arange(nc * Q) - Q * jnp.repeat(of_document(opening, document), Q, axis=1)
-    inside = offset < jnp.repeat(of_document(length, document), Q, axis=1)
-    source = jnp.where(inside, offset + jnp.repeat(of_document(first, document), Q, axis=1), -1)
-    x, dt, B, C = (_move(v, source, target) for v in (x, dt, B, C))
-    occurs = of_document(length, document) > 0
-    aligned = Aligned(
-        document=document,
-        opens=occurs & (chunk == of_document(opening, document)),
-        closes=occurs & (chunk == of_document(ends, document) - 1),
-    )
+    source, target, aligned = align(segment_ids, states.shape[1], Q)
+    x, dt, B, C = (move(v, source, target) for v in (x, dt, B, C))
     y, final = _chunked(x, dt, A, B, C, None, states, aligned, Q, dtype)
-    return _move(y, target, source), final
+    return move(y, target, source), final
 
 
 def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_size, operand_dtype):
