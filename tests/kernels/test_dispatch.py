@@ -16,6 +16,7 @@ def test_explain_names_what_auto_takes_for_every_op():
         "attention",
         "causal_conv",
         "causal_conv.window",
+        "gated_delta",
         "grouped_matmul",
         "ssd",
         "ssd.window",
