@@ -13,6 +13,7 @@ IMPLEMENTATIONS = {
     "attention": ("xla", "reference"),
     "causal_conv": ("xla", "reference"),
     "causal_conv.window": ("xla", "reference"),
+    "dynamic_conv": ("xla", "reference"),
     "gated_delta": ("xla", "reference"),
     "grouped_matmul": ("xla", "reference"),
     "ssd": ("xla", "reference"),
