@@ -9,8 +9,10 @@ from typing import Any
 _HOMES = {
     "AttentionConfig": "jaxllm.config",
     "ConfigError": "jaxllm.config",
+    "GatedDeltaConfig": "jaxllm.config",
     "GenerationResult": "jaxllm.generation.results",
     "HybridLM": "jaxllm.model.hybrid",
+    "JetConfig": "jaxllm.config",
     "KVCache": "jaxllm.cache.state",
     "LanguageModel": "jaxllm.model.functional",
     "MLPConfig": "jaxllm.config",
@@ -29,8 +31,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionConfig",
     "ConfigError",
+    "GatedDeltaConfig",
     "GenerationResult",
     "HybridLM",
+    "JetConfig",
     "KVCache",
     "LanguageModel",
     "MLPConfig",

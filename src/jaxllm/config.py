@@ -1,7 +1,8 @@
 """Model configuration: frozen dataclasses, validated on construction, with a JSON round trip.
 
-A model is a pattern string with one residual sub-block per letter: ``M`` Mamba-2, ``*`` attention, ``W`` sliding-window
-attention, ``-`` MLP, ``E`` mixture of experts. A Llama layer is ``*-``, a Mixtral layer ``*E``.
+A model is a pattern string with one residual sub-block per letter: ``M`` Mamba-2, ``G`` gated DeltaNet, ``J`` JetBlock,
+``*`` attention, ``W`` sliding-window attention, ``-`` MLP, ``E`` mixture of experts. A Llama layer is ``*-``, a Mixtral
+layer ``*E``.
 """
 
 import json
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 LETTERS = {
     "M": "Mamba-2",
+    "G": "gated DeltaNet",
+    "J": "JetBlock",
     "*": "attention",
     "W": "sliding-window attention",
     "-": "MLP",
@@ -139,6 +142,121 @@ class MambaConfig:
     def gate_groups(self) -> int:
         """Groups of the gated norm."""
         return self.n_groups if self.norm_groups is None else self.norm_groups
+
+
+@dataclass(frozen=True)
+class GatedDeltaConfig:
+    """Gated DeltaNet mixer (arXiv 2412.06464), with the options of Qwen3-Next and OLMo-Hybrid.
+
+    Attributes:
+        num_heads: H, heads of queries and keys.
+        num_value_heads: Hv; value head h reads the query and key head h // (Hv / H). None: as many as ``num_heads``.
+        key_head_dim: dk.
+        value_head_dim: dv.
+        conv_kernel: width of the causal convolution over q, k and v.
+        chunk_size: chunk of the recurrence; the result does not depend on it.
+        allow_neg_eigval: writes of strength up to 2 instead of 1, so that a state can change its sign (OLMo-Hybrid).
+        norm_eps: epsilon of the gated norm; None takes the model's (Qwen3-Next).
+    """
+
+    num_heads: int
+    num_value_heads: int | None = None
+    key_head_dim: int = 128
+    value_head_dim: int = 128
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    allow_neg_eigval: bool = False
+    norm_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        names = ("num_heads", "key_head_dim", "value_head_dim", "conv_kernel", "chunk_size")
+        positive(**{f"delta.{n}": getattr(self, n) for n in names})
+        require(self.conv_kernel >= 2, "delta.conv_kernel", self.conv_kernel, "must be at least 2")
+        require(
+            self.value_heads >= 1 and self.value_heads % self.num_heads == 0,
+            "delta.num_value_heads",
+            self.num_value_heads,
+            f"must be a multiple of delta.num_heads={self.num_heads}",
+        )
+        positive_eps = self.norm_eps is None or self.norm_eps > 0
+        require(positive_eps, "delta.norm_eps", self.norm_eps, "must be positive, or None for the model's")
+
+    @property
+    def value_heads(self) -> int:
+        """Hv."""
+        return self.num_heads if self.num_value_heads is None else self.num_value_heads
+
+    @property
+    def key_size(self) -> int:
+        """H * dk."""
+        return self.num_heads * self.key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Hv * dv."""
+        return self.value_heads * self.value_head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: q, k and v."""
+        return 2 * self.key_size + self.value_size
+
+
+@dataclass(frozen=True)
+class JetConfig:
+    """JetBlock mixer (Jet-Nemotron, arXiv 2508.15884): the gated delta rule with an input-generated convolution of v.
+
+    Attributes:
+        num_heads: H, heads of queries, keys and values.
+        key_head_dim: dk.
+        value_head_dim: dv.
+        conv_kernel: taps of the generated kernels.
+        generator_reduction: the generator's hidden width is H * dv divided by this.
+        norm_eps: epsilon of the gated norm.
+        chunk_size: chunk of the recurrence; the result does not depend on it.
+    """
+
+    num_heads: int
+    key_head_dim: int = 96
+    value_head_dim: int = 256
+    conv_kernel: int = 4
+    generator_reduction: int = 8
+    norm_eps: float = 1e-5
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        names = (
+            "num_heads",
+            "key_head_dim",
+            "value_head_dim",
+            "conv_kernel",
+            "generator_reduction",
+            "chunk_size",
+        )
+        positive(**{f"jet.{n}": getattr(self, n) for n in names})
+        require(self.conv_kernel >= 2, "jet.conv_kernel", self.conv_kernel, "must be at least 2")
+        require(
+            self.value_size >= self.generator_reduction,
+            "jet.generator_reduction",
+            self.generator_reduction,
+            f"must be at most num_heads * value_head_dim = {self.value_size}",
+        )
+        require(self.norm_eps > 0, "jet.norm_eps", self.norm_eps, "must be positive")
+
+    @property
+    def key_size(self) -> int:
+        """H * dk."""
+        return self.num_heads * self.key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        """H * dv."""
+        return self.num_heads * self.value_head_dim
+
+    @property
+    def generator_size(self) -> int:
+        """Hidden width of the kernel generator."""
+        return self.value_size // self.generator_reduction
 
 
 @dataclass(frozen=True)
@@ -323,11 +441,13 @@ class ModelConfig:
     Attributes:
         vocab_size: V.
         hidden_size: D.
-        pattern: one letter per sub-block: M, *, W, -, E.
+        pattern: one letter per sub-block: M, G, J, *, W, -, E.
         mamba: needed by M.
         attention: needed by * and W.
         mlp: needed by -.
         moe: needed by E.
+        delta: needed by G.
+        jet: needed by J.
         mtp: multi-token prediction, or None.
         norm_eps: epsilon of every RMSNorm.
         norm_cast: "last": the norm's weight is multiplied in float32 and the product cast (Nemotron-H); "first": cast,
@@ -346,6 +466,8 @@ class ModelConfig:
     attention: AttentionConfig | None = None
     mlp: MLPConfig | None = None
     moe: MoEConfig | None = None
+    delta: GatedDeltaConfig | None = None
+    jet: JetConfig | None = None
     mtp: MTPConfig | None = None
     norm_eps: float = 1e-5
     norm_cast: Literal["last", "first"] = "last"
@@ -367,7 +489,14 @@ class ModelConfig:
                 pattern,
                 f"unknown letter {', '.join(unknown)}; known letters are {known}",
             )
-            for letters, name in (("M", "mamba"), ("*W", "attention"), ("-", "mlp"), ("E", "moe")):
+            for letters, name in (
+                ("M", "mamba"),
+                ("*W", "attention"),
+                ("-", "mlp"),
+                ("E", "moe"),
+                ("G", "delta"),
+                ("J", "jet"),
+            ):
                 if set(letters) & set(pattern):
                     require(
                         getattr(self, name) is not None, name, None, f"the {field_name} {pattern!r} needs it"

@@ -14,6 +14,8 @@ from jaxllm.cache.state import Cache, KVCache, init_cache, read_kv, state_bytes,
 from jaxllm.config import (
     AttentionConfig,
     ConfigError,
+    GatedDeltaConfig,
+    JetConfig,
     MambaConfig,
     MLPConfig,
     ModelConfig,
@@ -37,6 +39,8 @@ def model(pattern: str, rope: bool, groups: int) -> ModelConfig:
         ),
         mlp=MLPConfig(16),
         moe=MoEConfig(6, 2, 12, shared_intermediate_size=8, scaling=1.5),
+        delta=GatedDeltaConfig(2, 2 * groups, key_head_dim=4, value_head_dim=3, chunk_size=4),
+        jet=JetConfig(2, key_head_dim=4, value_head_dim=6, generator_reduction=2, chunk_size=4),
         init_std=0.2,
     )
 
@@ -46,15 +50,25 @@ MODELS = {
     "mixed": model("M*-W", True, 1),
     "attention": model("*-W", False, 1),
     "experts": model("ME*", False, 2),
+    "delta": model("GJ", False, 2),
 }
-PAGES = {"mamba": (None,), "mixed": (None, 4), "attention": (8,), "experts": (None,)}
+PAGES = {
+    "mamba": (None,),
+    "mixed": (None, 4),
+    "attention": (8,),
+    "experts": (None,),
+    "delta": (None,),
+}
 CASES = [(name, page) for name in MODELS for page in PAGES[name]]
 
 
 @functools.cache
 def steps(name: str):
     cfg = MODELS[name]
+    # Away from the initial values: many are zero, the kernel generator of a JetBlock among them.
+    noise = np.random.default_rng(0)
     params = functional.init_params(cfg)
+    params = jax.tree.map(lambda v: v + 0.1 * noise.standard_normal(v.shape).astype(np.float32), params)
 
     @functools.partial(jax.jit, static_argnames="bound")
     def extend(batch, cache, bound=None):
@@ -197,8 +211,9 @@ def test_positions_past_the_capacity_reach_no_other_slot(page, rng):
             np.testing.assert_array_equal(a, b)
 
 
-def test_zero_slots_zeroes_recurrent_state_there_alone(rng):
-    cfg, _, _ = steps("mamba")
+@pytest.mark.parametrize("name", ["mamba", "delta"])
+def test_zero_slots_zeroes_recurrent_state_there_alone(name, rng):
+    cfg = MODELS[name]
     cache = dirty(init_cache(cfg, SLOTS, CAPACITY), rng)
     after = zero_slots(cache, jnp.asarray([1, -1]))
     assert not any(leaf.any() for leaf in slot_leaves(after, 1))
@@ -228,6 +243,11 @@ def test_bfloat16_keys_come_back_rounded_once(page, rng):
 def test_state_bytes_by_hand():
     """mixed = M*-W: conv 3 * (16 + 2 * 8), ssm 4 * 4 * 8, and 2 layers of 2 * 2 * 4 floats a token."""
     assert state_bytes(MODELS["mixed"], 10) == 4 * (3 * 32 + 128 + 10 * 2 * 2 * 2 * 4)
+
+
+def test_state_bytes_of_the_delta_rule_by_hand():
+    """GJ: conv 3 * (2 * 2 * 4 + 4 * 3) and matrix 4 * 4 * 3; conv 3 * 12 and matrix 2 * 4 * 6, at any length."""
+    assert state_bytes(MODELS["delta"], 10) == 4 * (3 * 28 + 48 + 3 * 12 + 48)
 
 
 @pytest.mark.parametrize(

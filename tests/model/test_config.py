@@ -15,6 +15,8 @@ from jaxllm import axes
 from jaxllm.config import (
     AttentionConfig,
     ConfigError,
+    GatedDeltaConfig,
+    JetConfig,
     MambaConfig,
     MLPConfig,
     ModelConfig,
@@ -35,6 +37,8 @@ from jaxllm.model.functional import (
 MAMBA = MambaConfig(num_heads=8, head_dim=4, state_size=8, n_groups=2, chunk_size=8)
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, window=4)
 MOE = MoEConfig(num_experts=12, top_k=3, intermediate_size=20, n_groups=4, topk_groups=2)
+DELTA = GatedDeltaConfig(num_heads=2, num_value_heads=4, key_head_dim=6, value_head_dim=4)
+JET = JetConfig(num_heads=2, key_head_dim=6, value_head_dim=8)
 BASE = ModelConfig(64, 32, "M*-W", MAMBA, ATTENTION, MLPConfig(48))
 CONFIGS = {
     "plain": BASE,
@@ -53,6 +57,7 @@ CONFIGS = {
         moe=MoEConfig(8, 2, 20, activation="swiglu", router="softmax", correction_bias=False),
         precision=Precision(param="bfloat16"),
     ),
+    "delta rule": BASE.replace(pattern="GJ-", delta=DELTA, jet=JET, precision=Precision(param="bfloat16")),
     "no conv bias": BASE.replace(mamba=replace(MAMBA, conv_bias=False), pattern="M"),
 }
 
@@ -96,6 +101,15 @@ CONFIGS = {
             lambda: BASE.replace(moe=replace(MOE, latent_size=33)),
             "moe.latent_size=33: must be at most hidden_size=32",
         ),
+        (lambda: BASE.replace(pattern="G"), "delta=None: the pattern 'G' needs it"),
+        (lambda: BASE.replace(pattern="J"), "jet=None: the pattern 'J' needs it"),
+        (lambda: replace(DELTA, num_value_heads=3), "delta.num_value_heads=3: must be a multiple"),
+        (lambda: replace(DELTA, conv_kernel=1), "delta.conv_kernel=1"),
+        (lambda: replace(DELTA, norm_eps=0.0), "delta.norm_eps=0.0"),
+        (lambda: replace(JET, key_head_dim=0), "jet.key_head_dim=0"),
+        (lambda: replace(JET, generator_reduction=17), "jet.generator_reduction=17: must be at most"),
+        (lambda: replace(JET, conv_kernel=1), "jet.conv_kernel=1"),
+        (lambda: replace(JET, norm_eps=-1.0), "jet.norm_eps=-1.0"),
         (lambda: BASE.replace(hidden_size=0), "hidden_size=0"),
         (lambda: BASE.replace(norm_eps=0.0), "norm_eps=0.0"),
         (lambda: ModelConfig.from_dict({**BASE.to_dict(), "depth": 3}), "depth='unknown field'"),
@@ -211,3 +225,34 @@ def test_initial_statistics() -> None:
         params["layers.0.mixer.in_proj.weight"], params["layers.3.mixer.in_proj.weight"]
     )
     assert not np.array_equal(params["embed.weight"], np.asarray(init_params(cfg, seed=2)["embed"]["weight"]))
+
+
+def test_initial_statistics_of_the_delta_rule() -> None:
+    """As for Mamba-2, with A in (0, 16]; a JetBlock starts with a static convolution, whose generator can learn."""
+    cfg = ModelConfig(
+        64, 128, "GJ", delta=GatedDeltaConfig(64, None, 4, 8), jet=JetConfig(64, 4, 16, generator_reduction=4)
+    )
+    params = {path: np.asarray(leaf) for path, leaf in flatten(init_params(cfg, seed=1)).items()}
+    for layer in (0, 1):
+        dt = np.log1p(np.exp(params[f"layers.{layer}.mixer.dt_bias"].astype(np.float64)))
+        assert 1e-3 * 0.999 <= dt.min() < 5e-3 < 2e-2 < dt.max() <= 0.1001
+        decay = np.exp(params[f"layers.{layer}.mixer.A_log"])
+        assert 0 < decay.min() < 2 < 12 < decay.max() <= 16
+    assert np.abs(params["layers.0.mixer.conv_weight"]).max() <= 0.5
+    for path in ("0.mixer.in_proj.weight", "1.mixer.v_proj.weight", "1.mixer.generator.w1.weight"):
+        assert params[f"layers.{path}"].std() == pytest.approx(0.02, rel=0.05), path
+    for path in ("0.mixer.out_proj.weight", "1.mixer.o_proj.weight"):
+        assert params[f"layers.{path}"].std() == pytest.approx(0.02 / 2**0.5, rel=0.05), path
+    assert not params["layers.1.mixer.generator.w2.weight"].any()
+    assert params["layers.1.mixer.generator.w2.bias"].std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_delta_projection_segments() -> None:
+    """q | k | v | z and beta | decay, heads outermost."""
+    named = param_axes(CONFIGS["delta rule"])
+    axis, gates = named["layers.0.mixer.in_proj.weight"][1], named["layers.0.mixer.gate_proj.weight"][1]
+    assert isinstance(axis, axes.Concat) and isinstance(gates, axes.Concat)
+    assert [(n, s.stop - s.start) for n, s in axis.slices()] == [("qkv", 40), ("z", 16)]
+    assert [(n, s.stop - s.start) for n, s in gates.slices()] == [("beta", 4), ("decay", 4)]
+    taps = named["layers.1.mixer.generator.w2.weight"][1]
+    assert isinstance(taps, axes.Product) and [part.size for part in taps.parts] == [4, 16]

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.batch import PackedBatch
-from jaxllm.config import AttentionConfig, MambaConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
+from jaxllm.config import (
+    AttentionConfig,
+    GatedDeltaConfig,
+    JetConfig,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from jaxllm.model.functional import init_params, map_named, merge
 
 VOCAB, ROWS, LENGTH, TOLERANCE = 61, 3, 24, 2e-5
@@ -45,6 +54,12 @@ CONFIGS = {
         pattern="*E",
         moe=MoEConfig(6, 2, 20, activation="swiglu", router="softmax", correction_bias=False),
         norm_cast="first",
+    ),
+    # One token of several documents a chunk; more value heads than key heads; sides of the state that differ.
+    "delta": _BASE.replace(
+        pattern="GJG",
+        delta=GatedDeltaConfig(2, 4, key_head_dim=6, value_head_dim=5, chunk_size=8, allow_neg_eigval=True),
+        jet=JetConfig(2, key_head_dim=6, value_head_dim=8, generator_reduction=4, chunk_size=8),
     ),
 }
 

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from jaxllm.config import AttentionConfig
+from jaxllm.config import AttentionConfig, GatedDeltaConfig, JetConfig
+from jaxllm.model.functional import abstract_params
 from jaxllm.train.flops import forward_flops_per_token, measured_peak, training_flops_per_token
 from jaxllm.train.memory import estimate_training_memory
 from jaxllm.train.state import abstract_state
@@ -26,8 +27,15 @@ def test_state_is_exact(cfg, optim):
     assert list(memory.parts.values()) == sorted(memory.parts.values(), reverse=True)
 
 
-def test_estimate_is_within_a_factor_of_the_compiler(optim):
-    cfg = tiny_config("*-*-", hidden_size=64)
+DELTA = {
+    "delta": GatedDeltaConfig(2, 4, key_head_dim=16, value_head_dim=24, chunk_size=16),
+    "jet": JetConfig(2, key_head_dim=16, value_head_dim=32, chunk_size=16),
+}
+
+
+@pytest.mark.parametrize("pattern", ["*-*-", "GJ"])
+def test_estimate_is_within_a_factor_of_the_compiler(pattern, optim):
+    cfg = tiny_config(pattern, hidden_size=64, **DELTA)
     batch = tiny_batch(8, 128)
     compiled = make_train_step(cfg, optim).lower(abstract_state(cfg, optim), batch, None).compile()
     memory = estimate_training_memory(cfg, 8, 128)
@@ -73,6 +81,16 @@ def test_a_window_bounds_what_attention_costs():
 def test_mamba_counts_its_scan():
     small, large = (tiny_config("M"), 16), (tiny_config("M"), 4)
     assert forward_flops_per_token(*small) - forward_flops_per_token(*large) == (8 - 4) * (16 + 8)
+
+
+@pytest.mark.parametrize(("letter", "heads", "dk", "dv"), [("G", 4, 16, 24), ("J", 2, 16, 32)])
+def test_the_delta_rule_counts_states_and_triangles(letter, heads, dk, dv):
+    cfg = tiny_config(letter, **DELTA)
+    long, short = (forward_flops_per_token(cfg, length) for length in (16, 4))
+    per_token = 2 * 2 * dk + heads * dk + 2 * heads * dv
+    assert long - short == (16 - 4) * per_token
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)) if leaf.ndim == 2)
+    assert short == 2 * matrices + 6 * heads * dk * dv + 4 * per_token
 
 
 def test_peak_is_a_rate():

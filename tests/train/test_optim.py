@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxllm.config import AttentionConfig, ConfigError
+from jaxllm.config import AttentionConfig, ConfigError, GatedDeltaConfig, JetConfig
 from jaxllm.model.functional import abstract_params, flatten
 from jaxllm.train.loss import LossSums
 from jaxllm.train.optim import OptimConfig, decay_mask, learning_rate
@@ -87,6 +87,17 @@ def test_decay_mask_by_names():
         "layers.2.mixer.down_proj.weight",
     }
     assert {"layers.0.mixer.A_log", "layers.0.mixer.norm.weight", "layers.1.mixer.q_proj.bias"} <= set(mask)
+
+
+def test_decay_mask_of_the_delta_rule():
+    delta, jet = GatedDeltaConfig(2, None, 4, 4), JetConfig(2, 4, 4)
+    mask = flatten(decay_mask(abstract_params(tiny_config("GJ", delta=delta, jet=jet))))
+    mixers = {name.removeprefix("layers.") for name, decayed in mask.items() if decayed} - {"embed.weight"}
+    assert mixers == {
+        *(f"0.mixer.{n}" for n in ("in_proj.weight", "gate_proj.weight", "conv_weight", "out_proj.weight")),
+        *(f"1.mixer.{n}_proj.weight" for n in "qkvbago"),
+        *(f"1.mixer.generator.{n}.weight" for n in ("w1", "w2")),
+    }
 
 
 def state_of_params(params, optim):

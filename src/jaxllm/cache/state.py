@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.batch import Leaf, PackedBatch
-from jaxllm.config import ModelConfig, positive, require
+from jaxllm.config import GatedDeltaConfig, ModelConfig, positive, require
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,26 @@ class AttentionState:
         return self.pages_per_slot * self.page
 
 
+class RecurrentState:
+    """A layer whose whole memory of a slot is a fixed number of values: ``[S, ...]`` pools, zeroed at admission."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MambaState:
+class MambaState(RecurrentState):
     """conv [S, k-1, d_in + 2GN]: last raw inputs of the convolution; ssm f32[S, H, P, N]."""
 
     conv: Leaf
     ssm: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeltaState(RecurrentState):
+    """conv [S, k-1, channels]: last raw inputs of the convolution; matrix f32[S, Hv, dk, dv]."""
+
+    conv: Leaf
+    matrix: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +102,7 @@ class Cache:
 
 def layer_state(
     cfg: ModelConfig, letter: str, slots: int, capacity: int, kv: KVCache
-) -> AttentionState | MambaState | None:
+) -> AttentionState | RecurrentState | None:
     """A zeroed state of one layer with pattern letter ``letter``; arguments as in :func:`init_cache`."""
     compute = jnp.dtype(cfg.precision.compute)
     if letter == "M":
@@ -98,6 +111,14 @@ def layer_state(
         return MambaState(
             conv=jnp.zeros((slots, m.conv_kernel - 1, m.conv_size), compute),
             ssm=jnp.zeros((slots, m.num_heads, m.head_dim, m.state_size), jnp.float32),
+        )
+    delta = {"G": cfg.delta, "J": cfg.jet}.get(letter)
+    if delta is not None:
+        channels = delta.conv_size if isinstance(delta, GatedDeltaConfig) else delta.value_size
+        heads = delta.value_size // delta.value_head_dim
+        return DeltaState(
+            conv=jnp.zeros((slots, delta.conv_kernel - 1, channels), compute),
+            matrix=jnp.zeros((slots, heads, delta.key_head_dim, delta.value_head_dim), jnp.float32),
         )
     if letter in "*W":
         a = cfg.attention
@@ -140,7 +161,7 @@ def zero_slots(cache: Cache, slots: Int[Array, " n"]) -> Cache:
     """Admission: recurrent pools are zeroed at ``slots`` (-1: none); keys past a row's length are never visible."""
 
     def zero(state: Any) -> Any:
-        if not isinstance(state, MambaState):
+        if not isinstance(state, RecurrentState):
             return state
         return jax.tree.map(lambda pool: pool.at[_drop(slots, len(pool))].set(0, mode="drop"), state)
 

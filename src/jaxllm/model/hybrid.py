@@ -14,6 +14,8 @@ from jaxllm.cache.window import CacheWindow
 from jaxllm.config import ModelConfig, require
 from jaxllm.linear import Context, linear
 from jaxllm.model.attention import Attention
+from jaxllm.model.gated_delta import GatedDelta
+from jaxllm.model.jet import Jet
 from jaxllm.model.layers import Embedding, Linear, RMSNorm
 from jaxllm.model.mamba import Mamba
 from jaxllm.model.mlp import MLP
@@ -25,10 +27,16 @@ from pallas_kernels.precision import contract
 Aux = dict[str, Any]
 
 
-def build_mixer(cfg: ModelConfig, letter: str, rngs: nnx.Rngs) -> Mamba | Attention | MLP | MoE:
+def build_mixer(
+    cfg: ModelConfig, letter: str, rngs: nnx.Rngs
+) -> Mamba | GatedDelta | Jet | Attention | MLP | MoE:
     """The module behind one pattern letter."""
     if letter == "M":
         return Mamba(cfg, rngs=rngs)
+    if letter == "G":
+        return GatedDelta(cfg, rngs=rngs)
+    if letter == "J":
+        return Jet(cfg, rngs=rngs)
     if letter == "-":
         return MLP(cfg, rngs=rngs)
     if letter == "E":

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -14,24 +13,12 @@ from jaxllm.cache.state import MambaState, read_rows, write_rows
 from jaxllm.cache.window import MambaWindow, accepted_nodes, window_ancestors
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
+from jaxllm.model.initial import a_log, dt_bias
 from jaxllm.model.layers import GatedRMSNorm, Linear, parameter
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.causal_conv.window import causal_conv_commit, causal_conv_window
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.window import ssd_commit, ssd_window
-
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
-
-
-def _dt_bias_init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
-    """softplus^-1 of exp U(log dt_min, log dt_max)."""
-    dt = jnp.exp(jax.random.uniform(key, shape, minval=np.log(DT_MIN), maxval=np.log(DT_MAX)))
-    dt = jnp.maximum(dt, DT_FLOOR)
-    return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
-
-
-def _a_log_init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
-    return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0)).astype(dtype)
 
 
 class Mamba(nnx.Module):
@@ -63,9 +50,9 @@ class Mamba(nnx.Module):
         self.conv_weight = parameter((width, self.conv_axis), centred, rngs, dtype)
         self.conv_bias = parameter((self.conv_axis,), centred, rngs, dtype) if m.conv_bias else None
         # Decays are exponentials of these: they stay float32 whatever the precision.
-        self.A_log = parameter((heads,), _a_log_init, rngs, "float32")
+        self.A_log = parameter((heads,), a_log(1.0), rngs, "float32")
         self.D = parameter((heads,), jax.nn.initializers.ones, rngs, "float32")
-        self.dt_bias = parameter((heads,), _dt_bias_init, rngs, "float32")
+        self.dt_bias = parameter((heads,), dt_bias, rngs, "float32")
         self.norm = GatedRMSNorm(inner, groups=m.gate_groups, eps=cfg.norm_eps, dtype=dtype, rngs=rngs)
         residual_std = cfg.init_std / len(cfg.pattern) ** 0.5
         self.out_proj = Linear(inner, embed, bias=m.proj_bias, std=residual_std, dtype=dtype, rngs=rngs)

@@ -14,8 +14,9 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
     Attention counts the keys that causality (and the window) leaves: ``4 H d`` per query and visible key, for the
     average query of a row that is one document. The scan counts reading and writing states, ``4 H P N`` per token, and
-    the lower triangle inside chunks of Q, ``Q (H P + G N)``. Embedding look-ups are free; the head counts. Of the routed
-    experts a token's ``top_k`` count.
+    the lower triangle inside chunks of Q, ``Q (H P + G N)``. The delta rule reads a state twice and writes it once,
+    ``6 Hv dk dv``, and multiplies triangles of Q for ``Q (2 H dk + Hv dk + 2 Hv dv)``; the triangular inverse is left
+    out. Embedding look-ups are free; the head counts. Of the routed experts a token's ``top_k`` count.
     """
     cfg = cfg.replace(scan_layers=False)
     total, axes = 0.0, param_axes(cfg)
@@ -36,6 +37,11 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
             chunk = min(m.chunk_size, seq_len)
             total += 4 * m.num_heads * m.head_dim * m.state_size
             total += chunk * (m.num_heads * m.head_dim + m.n_groups * m.state_size)
+        d = {"G": cfg.delta, "J": cfg.jet}.get(letter)
+        if d is not None:
+            heads = d.value_size // d.value_head_dim
+            total += 6 * d.value_size * d.key_head_dim
+            total += min(d.chunk_size, seq_len) * (2 * d.key_size + heads * d.key_head_dim + 2 * d.value_size)
     return total
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import GatedDeltaConfig, ModelConfig
 from jaxllm.model.functional import abstract_params, flatten
 from jaxllm.train.step import StepSettings
 
@@ -63,6 +63,17 @@ def _sub_block(cfg: ModelConfig, letter: str, seq_len: int) -> _Tokenwise:
         scan = 3 * chunk * m.num_heads + m.inner_size * m.state_size // chunk
         everything = 2 * width + projected + 2 * m.conv_size + 3 * m.inner_size + scan
         return _Tokenwise(everything, projected + m.inner_size + chunk * m.n_groups + width)
+    d = {"G": cfg.delta, "J": cfg.jet}.get(letter)
+    if d is not None:
+        chunk, heads = min(d.chunk_size, seq_len), d.value_size // d.value_head_dim
+        projected = 2 * d.key_size + 2 * d.value_size + 2 * heads
+        taps = 0 if isinstance(d, GatedDeltaConfig) else d.conv_kernel * d.value_size + 2 * d.generator_size
+        # Decays, chunk matrix, its inverse twice and scores: five of [Q, Q] per head; states before each chunk.
+        rule = 5 * chunk * heads + heads * d.key_head_dim * d.value_head_dim // chunk
+        # The factors of a chunk beside q, k and v: W, the decayed q and k, U, the corrected values, what enters.
+        factors = 3 * heads * d.key_head_dim + 3 * d.value_size
+        everything = 2 * width + 2 * projected + taps + rule + factors + 3 * d.value_size
+        return _Tokenwise(everything, projected + taps + factors + 2 * chunk * heads + width)
     if letter == "-":
         assert cfg.mlp is not None
         wide = cfg.mlp.intermediate_size * (2 if cfg.mlp.activation == "swiglu" else 1)
