@@ -95,6 +95,41 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+# No class of transformers: checked against its parts, in test_jet.py.
+JET = {
+    "model_type": "jet_nemotron",
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "layer_types": ["jet", "swa", "attn", "jet"],
+    "efficient_attention_config": {
+        # 8 / 3 as released: a decimal cut off, and a number that is a string.
+        "jet": {
+            "mode": "chunk",
+            "num_heads": 3,
+            "head_dim": 6,
+            "expand_v": 2.6666666667,
+            "norm_eps": "3e-3",
+            "conv_size": 4,
+            "dconv_generator_reduction": 6,
+            "dconv_implementation": "triton",
+        },
+        "swa": {"window_size": 7},
+    },
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "intermediate_size": 72,
+    "hidden_act": "silu",
+    "rms_norm_eps": EPS,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 128,
+    "max_window_layers": 4,
+    "use_mrope": False,
+    "tie_word_embeddings": True,
+}
+
 # Recorded in fixtures/ and checked without torch; the others are compared with a live model only.
 RECORDED = ("nemotron_h", "mamba2", "llama3", "qwen2_window", "qwen3_window")
 

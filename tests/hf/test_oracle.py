@@ -152,7 +152,7 @@ def test_norms_cast_in_the_order_of_the_family(family: str, cast: str) -> None:
     assert not np.array_equal(ours({"last": "first", "first": "last"}[cast]), expected)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("jet")])
 def test_preset_shapes_are_those_of_transformers(name: str) -> None:
     """Names and shapes of every tensor, against the class built on the meta device."""
     import torch

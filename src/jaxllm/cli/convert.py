@@ -31,7 +31,7 @@ class Args:
     target: Positional[Path]
     to: Kind | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    family: Literal["llama", "qwen2", "qwen3", "nemotron_h", "mamba2"] | None = None
+    family: Literal["llama", "qwen2", "qwen3", "nemotron_h", "mamba2", "jet_nemotron"] | None = None
     tokenizer: Path | None = None
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: Nemotron-H, Mamba-2, Llama, Qwen2 and Qwen3.
+"""Hugging Face checkpoints in and out: Nemotron-H, Mamba-2, Llama, Qwen2, Qwen3 and Jet-Nemotron.
 
 ``load`` and ``save`` take folders; nothing is downloaded and neither torch nor transformers is imported.
 """

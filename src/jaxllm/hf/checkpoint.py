@@ -178,7 +178,8 @@ def save(
     Args:
         model: configuration, plain array parameters, tokenizer if any.
         folder: made if it is not there; an earlier export in it is replaced.
-        family: "nemotron_h", "mamba2", "llama", "qwen2" or "qwen3"; None takes the one that expresses the model.
+        family: "nemotron_h", "mamba2", "llama", "qwen2", "qwen3" or "jet_nemotron" (whose code is on the
+            hub, not in transformers); None takes the one that expresses the model.
         dtype: "float32", "bfloat16" or "float16" for all tensors; or tensor name to dtype (:func:`tensor_dtypes`); None
             keeps each parameter's own.
         max_shard_bytes: larger models are split, with an index.

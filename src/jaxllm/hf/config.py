@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.config import ConfigError, ModelConfig
-from jaxllm.hf import mamba, transformer
+from jaxllm.hf import jet, mamba, transformer
 from jaxllm.hf.fields import Fields
 
 
@@ -31,6 +31,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", transformer.read_qwen3, transformer.write_qwen3),
     "nemotron_h": Family("NemotronHForCausalLM", mamba.read_nemotron_h, mamba.write_nemotron_h),
     "mamba2": Family("Mamba2ForCausalLM", mamba.read_mamba2, mamba.write_mamba2),
+    "jet_nemotron": Family("JetNemotronForCausalLM", jet.read_jet_nemotron, jet.write_jet_nemotron),
 }
 
 

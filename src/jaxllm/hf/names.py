@@ -11,7 +11,7 @@ from jaxllm.model.functional import abstract_params, flatten
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stored tensor lies relative to ours; both functions give views.
+    """How a stored tensor lies relative to ours; both functions give views where they can.
 
     Attributes:
         shape: our shape to the stored one.
@@ -29,6 +29,20 @@ SAME = Layout(lambda s: s, lambda a: a, lambda a: a)
 FLIP = Layout(lambda s: s[::-1], lambda a: a.T, lambda a: a.T)
 # Depthwise convolution: [channels, 1, k] there, [k, channels] here.
 CONV = Layout(lambda s: (s[1], 1, s[0]), lambda a: a[:, 0].T, lambda a: a.T[:, None])
+
+
+def taps(width: int) -> Layout:
+    """Generated convolution kernels: [channels * width, ...] there, the tap fastest; [..., width * channels] here."""
+
+    def load(a: np.ndarray) -> np.ndarray:
+        return np.moveaxis(a.reshape(-1, width, *a.shape[1:]), (0, 1), (-1, -2)).reshape(*a.shape[1:], -1)
+
+    def store(a: np.ndarray) -> np.ndarray:
+        a = np.moveaxis(a.reshape(*a.shape[:-1], width, -1), (-1, -2), (0, 1))
+        return a.reshape(-1, *a.shape[2:])
+
+    return Layout(lambda s: s[::-1], load, store)
+
 
 MAMBA = {
     "mixer.in_proj.weight": ("mixer.in_proj.weight", FLIP),
@@ -66,6 +80,12 @@ ATTENTION_LAYER = (
     | _linears("mixer", "self_attn", QKVO)
     | {f"mixer.{name}.weight": (f"self_attn.{name}.weight", SAME) for name in ("q_norm", "k_norm")}
 )
+JET_LAYER = (
+    {"norm.weight": ("input_layernorm.weight", SAME)}
+    | _linears("mixer", "self_attn", (*QKVO, "a_proj", "b_proj", "g_proj"))
+    | {f"mixer.{name}": (f"self_attn.{name}", SAME) for name in ("A_log", "dt_bias", "o_norm.weight")}
+)
+GENERATOR = "mixer.generator."
 MLP_LAYER = {"norm.weight": ("post_attention_layernorm.weight", SAME)} | _linears(
     "mixer", "mlp", ("gate_proj", "up_proj", "down_proj")
 )
@@ -120,7 +140,12 @@ def _rule(path: str, cfg: ModelConfig, family: str) -> tuple[str, Layout]:
         name, layout = HYBRID_LAYER[rest]
         return f"backbone.layers.{index}.{name}", layout
     # A Hugging Face layer is a pair of ours.
-    name, layout = (MLP_LAYER if pattern[index] == "-" else ATTENTION_LAYER)[rest]
+    if rest.startswith(GENERATOR) and cfg.jet is not None:
+        inner = rest.removeprefix(GENERATOR)
+        name = f"self_attn.dynamic_conv1d.kernel_generator.{inner}"
+        layout = taps(cfg.jet.conv_kernel) if inner.startswith("w2.") else FLIP
+    else:
+        name, layout = {"-": MLP_LAYER, "J": JET_LAYER}.get(pattern[index], ATTENTION_LAYER)[rest]
     return f"model.layers.{index // 2}.{name}", layout
 
 

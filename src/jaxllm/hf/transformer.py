@@ -1,8 +1,8 @@
 """config.json of the attention families: Llama (arXiv 2407.21783), Qwen2 (2407.10671) and Qwen3 (2505.09388)."""
 
-from typing import Any
+from typing import Any, Literal
 
-from jaxllm.config import AttentionConfig, ConfigError, MLPConfig, ModelConfig, RopeConfig, require
+from jaxllm.config import AttentionConfig, ConfigError, JetConfig, MLPConfig, ModelConfig, RopeConfig, require
 from jaxllm.hf.fields import Fields
 
 ROPE_KEYS = {
@@ -104,8 +104,10 @@ def _window(fields: Fields, layers: int) -> tuple[str, int | None]:
     return letters, window if "W" in letters else None
 
 
-def _read(fields: Fields, *, eps: float, head_dim: int | None, qkv_bias: bool, out_bias: bool, qk_norm: bool,
-          mlp_bias: bool, letters: str, window: int | None) -> ModelConfig:  # fmt: skip
+def read_layers(fields: Fields, *, eps: float, head_dim: int | None, qkv_bias: bool, out_bias: bool, qk_norm: bool,
+                mlp_bias: bool, letters: str, window: int | None, norm_cast: Literal["first", "last"] = "first",
+                jet: JetConfig | None = None) -> ModelConfig:  # fmt: skip
+    """The fields that all families of mixer and SwiGLU layers share; one of ``letters`` per layer."""
     hidden: int = fields.need("hidden_size")
     heads: int = fields.need("num_attention_heads")
     if head_dim is None:
@@ -133,7 +135,8 @@ def _read(fields: Fields, *, eps: float, head_dim: int | None, qkv_bias: bool, o
         ),
         mlp=MLPConfig(fields.need("intermediate_size"), "swiglu", mlp_bias),
         norm_eps=fields.get("rms_norm_eps", eps),
-        norm_cast="first",
+        jet=jet,
+        norm_cast=norm_cast,
         tie_embeddings=fields.get("tie_word_embeddings", False),
         init_std=fields.get("initializer_range", 0.02),
     )
@@ -144,7 +147,7 @@ def read_llama(fields: Fields) -> ModelConfig:
     bias = fields.get("attention_bias", False)
     layers = fields.need("num_hidden_layers")
     fields.only("sliding_window", None, "Llama has no window")
-    return _read(
+    return read_layers(
         fields,
         eps=1e-6,
         head_dim=fields.get("head_dim"),
@@ -162,7 +165,7 @@ def read_qwen2(fields: Fields) -> ModelConfig:
     letters, window = _window(fields, fields.need("num_hidden_layers"))
     # transformers' class has no such field, but honours it where it is set.
     head_dim = fields.get("head_dim")
-    return _read(fields, eps=1e-6, head_dim=head_dim, qkv_bias=True, out_bias=False, qk_norm=False,
+    return read_layers(fields, eps=1e-6, head_dim=head_dim, qkv_bias=True, out_bias=False, qk_norm=False,
                  mlp_bias=False, letters=letters, window=window)  # fmt: skip
 
 
@@ -171,11 +174,16 @@ def read_qwen3(fields: Fields) -> ModelConfig:
     letters, window = _window(fields, fields.need("num_hidden_layers"))
     bias = fields.get("attention_bias", False)
     head_dim = fields.get("head_dim", 128)
-    return _read(fields, eps=1e-6, head_dim=head_dim, qkv_bias=bias, out_bias=bias, qk_norm=True,
+    return read_layers(fields, eps=1e-6, head_dim=head_dim, qkv_bias=bias, out_bias=bias, qk_norm=True,
                  mlp_bias=False, letters=letters, window=window)  # fmt: skip
 
 
-def _write(cfg: ModelConfig, *, letters: str) -> dict[str, Any]:
+def write_layers(cfg: ModelConfig, *, letters: str, norm_cast: str = "first") -> dict[str, Any]:
+    """Inverse of :func:`read_layers`.
+
+    Raises:
+        ConfigError: the family of ``letters`` does not have such layers.
+    """
     pattern, a, mlp = cfg.pattern, cfg.attention, cfg.mlp
     mixers, others = pattern[::2], set(pattern[1::2])
     layered = len(pattern) % 2 == 0 and set(mixers) <= set(letters) and others == {"-"}
@@ -184,7 +192,7 @@ def _write(cfg: ModelConfig, *, letters: str) -> dict[str, Any]:
     )
     assert a is not None and mlp is not None
     require(mlp.activation == "swiglu", "mlp.activation", mlp.activation, "the family's is swiglu")
-    require(cfg.norm_cast == "first", "norm_cast", cfg.norm_cast, "the family's is 'first'")
+    require(cfg.norm_cast == norm_cast, "norm_cast", cfg.norm_cast, f"the family's is {norm_cast!r}")
     if a.rope is None:
         raise ConfigError("attention.rope=None: the family has rotary positions")
     return {
@@ -201,7 +209,8 @@ def _write(cfg: ModelConfig, *, letters: str) -> dict[str, Any]:
     }
 
 
-def _expect(section: Any, name: str, **values: bool) -> None:
+def expect(section: Any, name: str, **values: bool) -> None:
+    """Raise ConfigError unless each field of ``section`` has the family's value."""
     for field, value in values.items():
         given = getattr(section, field)
         require(given == value, f"{name}.{field}", given, f"the family's is {value}")
@@ -209,8 +218,8 @@ def _expect(section: Any, name: str, **values: bool) -> None:
 
 def write_llama(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of Llama."""
-    out = _write(cfg, letters="*")
-    _expect(cfg.attention, "attention", qk_norm=False)
+    out = write_layers(cfg, letters="*")
+    expect(cfg.attention, "attention", qk_norm=False)
     assert cfg.attention is not None and cfg.mlp is not None
     a = cfg.attention
     require(a.qkv_bias == a.out_bias, "attention.out_bias", a.out_bias, f"must be qkv_bias={a.qkv_bias}")
@@ -234,17 +243,17 @@ def _write_window(cfg: ModelConfig) -> dict[str, Any]:
 
 def write_qwen2(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of Qwen2."""
-    out = _write(cfg, letters="*W")
-    _expect(cfg.attention, "attention", qk_norm=False, qkv_bias=True, out_bias=False)
-    _expect(cfg.mlp, "mlp", bias=False)
+    out = write_layers(cfg, letters="*W")
+    expect(cfg.attention, "attention", qk_norm=False, qkv_bias=True, out_bias=False)
+    expect(cfg.mlp, "mlp", bias=False)
     return out | _write_window(cfg)
 
 
 def write_qwen3(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of Qwen3."""
-    out = _write(cfg, letters="*W")
-    _expect(cfg.attention, "attention", qk_norm=True)
-    _expect(cfg.mlp, "mlp", bias=False)
+    out = write_layers(cfg, letters="*W")
+    expect(cfg.attention, "attention", qk_norm=True)
+    expect(cfg.mlp, "mlp", bias=False)
     assert cfg.attention is not None
     a = cfg.attention
     require(a.qkv_bias == a.out_bias, "attention.out_bias", a.out_bias, f"must be qkv_bias={a.qkv_bias}")
