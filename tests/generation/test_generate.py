@@ -10,6 +10,7 @@ import pytest
 import jaxllm
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import KVCache
+from jaxllm.config import GatedDeltaConfig, JetConfig
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.generation import steps
 from jaxllm.generation.engine import Engine, EngineConfig
@@ -101,6 +102,33 @@ def test_a_used_slot_leaves_nothing_behind(lm):
     long, short = prompts(14, 4)
     fresh = answer(short, 6)
     assert answer(long, 20) and answer(short, 6) == fresh
+
+
+def test_layers_of_the_delta_rule_generate_what_the_full_forward_says():
+    """Three prompts through two slots, in chunks shorter than a prompt: slots are shared, left and taken again."""
+    delta = GatedDeltaConfig(2, 4, key_head_dim=6, value_head_dim=8, chunk_size=8)
+    jet = JetConfig(2, key_head_dim=6, value_head_dim=12, chunk_size=8)
+    cfg = hybrid("M").replace(pattern="G-J", delta=delta, jet=jet)
+    # A fresh kernel generator is silent.
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(lambda v: v + 0.1 * noise.standard_normal(v.shape).astype(v.dtype), parameters(cfg))
+    engine = Engine(cfg, params, EngineConfig(2, 64, KVCache(), chunk=4))
+    asked = prompts(3, 11, 9)
+    owner = {engine.add(prompt, SamplingParams(max_new_tokens=6)): i for i, prompt in enumerate(asked)}
+    answers = [[] for _ in asked]
+    while engine.busy:
+        for event in engine.step():
+            answers[owner[event.request]].append(event.token)
+    forward = jax.jit(lambda tokens: merge(cfg, params)(PackedBatch.from_rows(tokens)))
+
+    def full(tokens):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(forward(padded))[0, : len(tokens)]
+
+    for prompt, answer in zip(asked, answers):
+        assert len(answer) == 6
+        check_greedy(full, prompt, answer)
 
 
 def test_streaming_equals_not_streaming(lm):
