@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.alignment import align, move
 from pallas_kernels.gated_delta.triangular import unit_lower_inverse
+from pallas_kernels.materialise import materialise
 from pallas_kernels.precision import contract
 from pallas_kernels.segments import running_ids
 
@@ -35,8 +36,11 @@ def _one_token(q, k, v, g, beta, state):
     read = jnp.einsum("bhekv,bhjk->bhejv", S, jnp.stack([k, q], axis=2), precision="highest")
     write = beta.reshape(decay.shape) * (v.reshape(rows, H, -1, dv) - decay * read[:, :, :, 0])
     o = decay * read[:, :, :, 1] + qk[..., None, None] * write
-    # Kept apart: fused into the update, the exponential would be taken once per element of the state.
-    decay, write = jax.lax.optimization_barrier((decay, write))
+    # Held, as one array: fused into the update, all that leads to them would be done once per element of the state.
+    parts = (decay, k, write)
+    held = materialise(jnp.concatenate([x.reshape(rows, -1) for x in parts], axis=1))
+    ends = (Hv, Hv + H * dk)
+    decay, k, write = (x.reshape(part.shape) for x, part in zip(jnp.split(held, ends, axis=1), parts))
     S = decay[..., None] * S + k[:, :, None, :, None] * write[..., None, :]
     return o.reshape(rows, 1, Hv, dv), S.reshape(rows, Hv, dk, dv)
 
