@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.materialise import hold
-from pallas_kernels.segments import extents
+from pallas_kernels.segments import extents, final_windows
 
 REASON = "k shifted products fused by XLA; no GPU kernel of this op is present"
 
@@ -107,16 +107,6 @@ def _open_documents(y, weight, ids, initial_state, first):
     return y.at[jnp.arange(B)[:, None], row].add(add, mode="drop")
 
 
-def _final_windows(x, initial_state, first, length):
-    """The last k-1 of (initial state, document) for each document; gathers n (k-1) rows."""
-    B, n, reach, D = initial_state.shape
-    slot = length[:, :, None] + jnp.arange(reach)
-    row = jnp.maximum(first[:, :, None] + slot - reach, 0).reshape(B, -1)
-    new = jnp.take_along_axis(x, row[..., None], axis=1).reshape(B, n, reach, D).astype(initial_state.dtype)
-    old = jnp.take_along_axis(initial_state, jnp.minimum(slot, reach - 1)[..., None], axis=2)
-    return jnp.where((slot < reach)[..., None], old, new)
-
-
 def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation):
     B, T, D = x.shape
     k, n = weight.shape[0], num_segments
@@ -146,5 +136,5 @@ def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation
     if k > 1:
         first, length = extents(segment_ids, n)
         y = _open_documents(y, weight, segment_ids, initial_state, first)
-        state = _final_windows(x, initial_state, first, length)
+        state = final_windows(x, initial_state, first, length)
     return _activate(y, activation).astype(x.dtype), state

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import extents
+from pallas_kernels.segments import extents, final_windows
 
 REASON = "k shifted products fused by XLA; no GPU kernel of this op is present"
 
@@ -42,16 +42,6 @@ def _open_documents(y, kernels, ids, initial_state, first):
     return y.at[jnp.arange(B)[:, None], row].add(add, mode="drop")
 
 
-def _final_windows(x, initial_state, first, length):
-    """The last k-1 of (initial state, document) for each document; gathers n (k-1) rows."""
-    B, n, reach, D = initial_state.shape
-    slot = length[:, :, None] + jnp.arange(reach)
-    row = jnp.maximum(first[:, :, None] + slot - reach, 0).reshape(B, -1)
-    new = jnp.take_along_axis(x, row[..., None], axis=1).reshape(B, n, reach, D).astype(initial_state.dtype)
-    old = jnp.take_along_axis(initial_state, jnp.minimum(slot, reach - 1)[..., None], axis=2)
-    return jnp.where((slot < reach)[..., None], old, new)
-
-
 def run(x, kernels, *, segment_ids, initial_state, num_segments, activation):
     B, T, D = x.shape
     k, n = kernels.shape[2], num_segments
@@ -76,6 +66,6 @@ def run(x, kernels, *, segment_ids, initial_state, num_segments, activation):
             assert segment_ids is not None
             first, length = extents(segment_ids, n)
             y = _open_documents(y, kernels, segment_ids, initial_state, first)
-            state = _final_windows(x, initial_state, first, length)
+            state = final_windows(x, initial_state, first, length)
     y = jax.nn.silu(y) if activation == "silu" else y
     return y.astype(x.dtype), state
