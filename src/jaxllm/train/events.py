@@ -26,6 +26,8 @@ class StepEvent:
         grad_norm: before clipping.
         lr: learning rate.
         mtp_loss: nats per token, mean of the multi-token prediction depths; 0 without them.
+        balance_loss: the experts' load-balancing loss, summed over layers and not weighted; None without experts.
+        imbalance: load of the busiest expert over the mean, of the worst layer; None without experts.
         tokens: scored tokens of this step.
         skipped: updates left out so far.
         tokens_seen: scored tokens since step 0.
@@ -46,6 +48,8 @@ class StepEvent:
     grad_norm: float
     lr: float
     mtp_loss: float
+    balance_loss: float | None
+    imbalance: float | None
     tokens: int
     skipped: int
     tokens_seen: int

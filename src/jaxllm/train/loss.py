@@ -6,7 +6,7 @@ four of a rematerialised head, and backward only scales. Without differentiation
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class LossSums(NamedTuple):
         z: f32[]; weighted sum of logsumexp(logits)^2.
         correct: f32[]; weighted count of targets that were the arg max.
         mtp: f32[]; weighted sum of the mean loss of the multi-token prediction depths.
+        routing: :class:`jaxllm.train.balance.Routing` of a model with experts.
     """
 
     nats: Array
@@ -37,6 +38,7 @@ class LossSums(NamedTuple):
     z: Array
     correct: Array
     mtp: Array
+    routing: Any = None
 
 
 class _Spec(NamedTuple):
@@ -72,7 +74,8 @@ def _score(logits_BCV, targets_BC, weights_BC, kept=lambda v: v):
 
 
 def _zero_sums() -> LossSums:
-    return LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+    zero = jnp.zeros((), jnp.float32)
+    return LossSums(zero, zero, zero, zero, zero)
 
 
 def _value(spec, z_loss, chunks, w):

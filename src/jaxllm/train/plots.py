@@ -6,7 +6,7 @@ from jaxllm.train.writers import read_jsonl
 
 
 def loss_curve(metrics_jsonl: Path | str, png: Path | str, *, title: str = "") -> Path:
-    """Draw training loss, and every evaluated value whose name holds "loss", over steps.
+    """Draw training loss, and every evaluated value whose name holds "loss", over steps; below, the experts' imbalance.
 
     Args:
         metrics_jsonl: written by :class:`jaxllm.train.writers.JsonlWriter`.
@@ -23,9 +23,14 @@ def loss_curve(metrics_jsonl: Path | str, png: Path | str, *, title: str = "") -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    loads = [(r["step"], r["imbalance"]) for r in rows if r["kind"] == "train" and r.get("imbalance")]
+    figure = Figure(figsize=(7, 6 if loads else 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, *below = figure.subplots(2 if loads else 1, squeeze=False)[:, 0]
+    for lower in below:
+        lower.plot(*zip(*loads), linewidth=1)
+        lower.set(xlabel="step", ylabel="busiest expert / mean load")
+        lower.grid(alpha=0.3)
     axes.plot(*zip(*train), linewidth=1, label="train")
     names = sorted({n for r in rows if r["kind"] == "eval" for n in r if "loss" in n})
     for name in names:

@@ -100,6 +100,8 @@ class Reporter:
         self.last = StepEvent(
             step=pending.step,
             **{name: float(getattr(metrics, name)) for name in names},
+            balance_loss=_float(metrics.balance_loss),
+            imbalance=_float(metrics.imbalance),
             tokens=int(metrics.tokens),
             skipped=int(metrics.skipped),
             tokens_seen=self.tokens_seen,
@@ -122,3 +124,7 @@ class Reporter:
                 "clip_norm, lengthen the warm-up, or look for the operation with debug_nans; then resume from the "
                 "newest checkpoint."
             )
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.functional import Params, abstract_params, init_params
+from jaxllm.train.balance import trained
 from jaxllm.train.optim import OptimConfig, make_optimizer
 
 # Leaves are arrays, but also ShapeDtypeStructs or shardings while JAX maps over the tree.
@@ -21,7 +22,8 @@ class TrainState:
 
     Attributes:
         params: float32 master parameters.
-        opt_state: of :func:`make_optimizer`; moments are float32.
+        opt_state: of :func:`make_optimizer`; moments are float32. Routers' correction biases have none: the step itself
+            moves them (:mod:`jaxllm.train.balance`).
         step: i32[]; batches seen, skipped ones included.
         rng: u32[2]; key data of the run's seed, constant: a step's key is this folded with its number.
         skipped: i32[]; updates left out because the loss or the gradient was not finite.
@@ -65,7 +67,9 @@ def state_of(params: Params, optim: OptimConfig, seed: int = 0) -> TrainState:
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
         rng = jax.random.key_data(jax.random.key(seed))
-        return TrainState(params, make_optimizer(optim).init(params), step, rng, skipped, consecutive)
+        return TrainState(
+            params, make_optimizer(optim).init(trained(params)), step, rng, skipped, consecutive
+        )
 
     return build(params)
 

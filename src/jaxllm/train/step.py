@@ -1,7 +1,7 @@
 """One training step: a pure function of (state, batch, plan), compiled once, its state donated."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig, positive, require
 from jaxllm.linear import Context
 from jaxllm.model.functional import Params, merge
+from jaxllm.train import balance
 from jaxllm.train.loss import CHUNK, LossSums, cross_entropy
 from jaxllm.train.mtp import prediction_loss
 from jaxllm.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -31,6 +32,9 @@ class StepSettings:
         implementation: of the kernels.
         mtp_depths: tokens further ahead that prediction blocks are trained on; None: one for each block.
         mtp_scale: weight of the mean of their losses (arXiv 2512.20856: 0.3).
+        balance_loss: weight of the experts' load-balancing loss, summed over layers (Nemotron 3: 1e-4; Mixtral: 1e-3).
+        balance_scope: "sequence": of each row (DeepSeek-V3); "batch": of all rows of a microbatch (Switch, Mixtral).
+        bias_rate: step of the routers' correction bias after each update (arXiv 2408.15664); 0 leaves it alone.
     """
 
     accum_steps: int = 1
@@ -40,6 +44,9 @@ class StepSettings:
     implementation: str = "auto"
     mtp_depths: int | None = None
     mtp_scale: float = 0.3
+    balance_loss: float = 1e-4
+    balance_scope: str = "sequence"
+    bias_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         positive(accum_steps=self.accum_steps, loss_chunk=self.loss_chunk)
@@ -47,7 +54,11 @@ class StepSettings:
             positive(mtp_depths=self.mtp_depths)
         require(self.mtp_scale >= 0, "mtp_scale", self.mtp_scale, "must be at least 0")
         require(self.remat in ("none", "layer", "dots"), "remat", self.remat, "none, layer or dots")
-        require(self.z_loss >= 0, "z_loss", self.z_loss, "must be at least 0")
+        for name in ("z_loss", "balance_loss", "bias_rate"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        require(
+            self.balance_scope in balance.SCOPES, "balance_scope", self.balance_scope, "sequence or batch"
+        )
 
     def depths(self, cfg: ModelConfig) -> int:
         """Prediction depths beside the next token; 0 for a model without prediction blocks.
@@ -79,6 +90,8 @@ class Metrics:
         grad_norm: global norm of the mean gradient before clipping.
         lr: learning rate.
         mtp_loss: nats per token, mean of the multi-token prediction depths; 0 without them.
+        balance_loss: the experts' load-balancing loss, summed over layers and not weighted; None without experts.
+        imbalance: load of the busiest expert over the mean, of the worst layer; None without experts.
         tokens: i32[]; scored tokens (weights above zero count as one).
         skipped: i32[]; updates left out so far.
         consecutive_skips: i32[]; those since the last update; above 0: this one was left out.
@@ -90,6 +103,8 @@ class Metrics:
     grad_norm: Leaf
     lr: Leaf
     mtp_loss: Leaf
+    balance_loss: Leaf
+    imbalance: Leaf
     tokens: Leaf
     skipped: Leaf
     consecutive_skips: Leaf
@@ -131,7 +146,7 @@ def batch_loss(
     ctx = Context(
         precision=cfg.precision, remat=settings.remat, implementation=settings.implementation, rng=rng
     )
-    h, _ = model.hidden(batch, ctx)
+    h, aux = model.hidden(batch, replace(ctx, taps=balance.taps(cfg, settings.balance_scope)))
     w = model.embed.weight[...] if model.lm_head is None else model.lm_head.weight.get_value()
     score = partial(
         _score,
@@ -145,6 +160,9 @@ def batch_loss(
     if depths:
         further, nats = prediction_loss(model, h, batch, ctx, score, sums, depths)
         objective, sums = objective + settings.mtp_scale * further, sums._replace(mtp=nats)
+    routing = balance.routing(aux, balance.row_weights(batch))
+    if routing is not None:
+        objective, sums = objective + settings.balance_loss * routing.balance, sums._replace(routing=routing)
     return objective, sums
 
 
@@ -183,15 +201,22 @@ def gradients(
         key = None if rng is None else jax.random.fold_in(rng, index)
         return jax.tree.map(jnp.add, total, one(part, key)), None
 
-    start = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    zeros = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
     parts = (_microbatches(batch, settings.accum_steps), jnp.arange(settings.accum_steps))
+    _, sums = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts[0]), rng)
+    start = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(accumulate, (start, zeros), parts)
     return total
 
 
 def apply_gradients(
-    optim: OptimConfig, state: TrainState, grads: Params, sums: LossSums, lr: Any, z_loss: float = 0.0
+    optim: OptimConfig,
+    state: TrainState,
+    grads: Params,
+    sums: LossSums,
+    lr: Any,
+    z_loss: float = 0.0,
+    bias_rate: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """Mean, clip, update; with a loss or gradient that is not finite, parameters and moments stay as they are."""
     weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
@@ -201,8 +226,12 @@ def apply_gradients(
     # One factor does the mean and the clipping, so that the gradient is read once more and not written.
     clip = 1.0 if optim.clip_norm is None else jnp.minimum(1.0, optim.clip_norm / (norm + 1e-12))
     grads = jax.tree.map(lambda g: g * (clip / weight), grads)
-    updates, opt_state = make_optimizer(optim).update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+    seen = balance.trained(state.params)
+    updates, opt_state = make_optimizer(optim).update(balance.trained(grads), state.opt_state, seen)
+    params = balance.updated(state.params, updates, lr)
+    routing = sums.routing
+    if routing is not None and bias_rate > 0:
+        params = balance.corrected(params, routing.counts, bias_rate)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -222,6 +251,8 @@ def apply_gradients(
         grad_norm=norm,
         lr=lr,
         mtp_loss=sums.mtp / weight,
+        balance_loss=None if routing is None else routing.balance / weight,
+        imbalance=None if routing is None else balance.imbalance(routing.counts),
         tokens=jnp.zeros((), jnp.int32),
         skipped=state.skipped,
         consecutive_skips=state.consecutive_skips,
@@ -270,7 +301,7 @@ def make_train_step(
         lr = learning_rate(optim, state.step) if plan is None else jnp.asarray(plan.lr, jnp.float32)
         grads, sums = gradients(cfg, state.params, batch, settings, rng)
         tokens = scored_tokens(batch)
-        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
+        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss, settings.bias_rate)
         return state, Metrics(**{**vars(metrics), "tokens": tokens})
 
     return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=out_shardings)
@@ -281,6 +312,6 @@ def make_eval_step(cfg: ModelConfig, settings: StepSettings | None = None) -> An
     settings = settings or StepSettings()
 
     def eval_step(params: Params, batch: PackedBatch) -> LossSums:
-        return batch_loss(cfg, params, batch, settings, depths=0)[1]
+        return batch_loss(cfg, params, batch, settings, depths=0)[1]._replace(routing=None)
 
     return jax.jit(eval_step)

@@ -1,0 +1,81 @@
+"""Load balance of routed experts: the auxiliary loss, and the correction bias that no gradient moves.
+
+After every update the bias of expert e of each layer moves by ``rate * sign(mean(n) - n_e)``, n being the tokens of the
+whole batch that chose each expert (arXiv 2408.15664). It is a parameter of the model, but not of the optimiser: it has
+no gradient, no moments and no decay.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.batch import PackedBatch
+from jaxllm.config import ModelConfig
+from jaxllm.model.functional import Params, flatten, map_named
+
+BIAS = "e_score_correction_bias"
+SCOPES = ("sequence", "batch")
+
+
+class Routing(NamedTuple):
+    """Sums over a batch of what the routers did.
+
+    Attributes:
+        counts: i32[layers, E]; tokens that chose each expert.
+        balance: f32[]; balance loss of each row times the row's weight, summed over rows and layers.
+    """
+
+    counts: Array
+    balance: Array
+
+
+def taps(cfg: ModelConfig, scope: str) -> frozenset[str]:
+    """What to ask the layers for; nothing of a model without experts."""
+    return frozenset({"expert_counts", f"balance_{scope}"} if "E" in cfg.pattern else ())
+
+
+def routing(aux: dict[str, Any], weights: Float[Array, " B"]) -> Routing | None:
+    """Sums of one batch, of the taps of :func:`taps`; ``weights`` are those of each row's loss."""
+    if not aux:
+        return None
+    if "balance_sequence" in aux:
+        total = jnp.sum(aux["balance_sequence"] * weights)
+    else:
+        total = jnp.sum(aux["balance_batch"]) * jnp.sum(weights)
+    return Routing(aux["expert_counts"], total)
+
+
+def row_weights(batch: PackedBatch) -> Float[Array, " B"]:
+    """Weight of each row's next-token loss."""
+    scored = (batch.targets[..., 0] >= 0).astype(jnp.float32)
+    return jnp.sum(scored if batch.loss_mask is None else scored * batch.loss_mask, axis=1)
+
+
+def imbalance(counts: Int[Array, "L E"]) -> Float[Array, ""]:
+    """Load of the busiest expert over the mean, of the worst layer; 1 is even."""
+    mean = jnp.maximum(jnp.mean(counts.astype(jnp.float32), axis=1), jnp.finfo(jnp.float32).tiny)
+    return jnp.max(jnp.max(counts, axis=1) / mean)
+
+
+def trained(params: Params) -> Params:
+    """``params`` with None for what the optimiser must not see."""
+    return map_named(lambda name, value: None if name.endswith(BIAS) else value, params)
+
+
+def corrected(params: Params, counts: Int[Array, "L E"], rate: float) -> Params:
+    """``params`` with every router's bias moved towards an even load; layers in the order of ``counts``."""
+    names = [name for name in flatten(params) if name.startswith("layers.") and name.endswith(BIAS)]
+    names.sort(key=lambda name: int(name.split(".")[1]))
+    if not names:
+        return params
+    n = counts.astype(jnp.float32)
+    step = rate * jnp.sign(jnp.mean(n, axis=1, keepdims=True) - n)
+    moves = dict(zip(names, step, strict=True))
+    return map_named(lambda name, value: value + moves[name] if name in moves else value, params)
+
+
+def updated(params: Params, updates: Params, lr: Any) -> Params:
+    """``params - lr * updates``; where the optimiser has none, the parameter itself."""
+    return jax.tree.map(lambda p, u: p if u is None else p - lr * u, params, updates)

@@ -1,0 +1,183 @@
+"""Load balance: the correction bias and the auxiliary losses in the training step, across microbatches and resumption."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import ConfigError, MoEConfig
+from jaxllm.model.functional import flatten, init_params, map_named, merge
+from jaxllm.model.moe import balance as balance_of
+from jaxllm.train.balance import BIAS, corrected, imbalance
+from jaxllm.train.plots import loss_curve
+from jaxllm.train.settings import TrainSettings
+from jaxllm.train.state import init_state
+from jaxllm.train.step import StepSettings, gradients, make_train_step
+from jaxllm.train.trainer import fit
+from jaxllm.train.writers import read_jsonl
+from tests.train.tiny import TinyLoader, assert_identical, constant_lr, copied, tiny_batch, tiny_config
+
+EXPERTS, K = 6, 2
+CFG = tiny_config("E*E", moe=MoEConfig(EXPERTS, K, 12, shared_intermediate_size=8))
+OPTIM = constant_lr(weight_decay=0.5)
+SETTINGS = StepSettings(accum_steps=2, balance_loss=0.05, bias_rate=0.01)
+NAMES = [f"layers.{i}.mixer.gate.{BIAS}" for i in (0, 2)]
+
+
+@pytest.fixture(scope="module")
+def step() -> Any:
+    return make_train_step(CFG, OPTIM, SETTINGS)
+
+
+def biased(state: Any, seed: int = 4) -> Any:
+    """Biases away from zero, so that decay would show."""
+    rng = np.random.default_rng(seed)
+    move = lambda name, v: v + rng.normal(size=v.shape).astype("f") if name.endswith(BIAS) else v  # noqa: E731
+    return state.replace(params=map_named(move, state.params))
+
+
+def counts_of(params: Any, batch: Any) -> np.ndarray:
+    model = merge(CFG, jax.tree.map(jnp.asarray, params))
+    _, aux = jax.jit(lambda: model.hidden(batch, model.context(taps=frozenset({"expert_counts"}))))()
+    return np.asarray(aux["expert_counts"])
+
+
+def test_each_update_moves_the_bias_by_the_whole_batches_load(step: Any) -> None:
+    start = biased(init_state(CFG, OPTIM))
+    before, batch = copied(start), tiny_batch(rows=4)
+    counts = counts_of(before.params, jax.tree.map(jnp.asarray, batch))
+    valid = int((batch.segment_ids > 0).sum())
+    assert valid < batch.tokens.size
+    np.testing.assert_array_equal(counts.sum(1), [valid * K] * 2)
+    state, metrics = step(start, batch, None)
+    old, new = flatten(before.params), flatten(state.params)
+    for name, n in zip(NAMES, counts):
+        np.testing.assert_allclose(new[name] - old[name], 0.01 * np.sign(n.mean() - n), atol=1e-6)
+    np.testing.assert_allclose(metrics.imbalance, (counts.max(1) / counts.mean(1)).max(), rtol=1e-6)
+    assert 1.9 < float(metrics.balance_loss) <= 2 * EXPERTS / K
+    # The optimiser knows nothing of it.
+    assert not any(BIAS in name for name in flatten(state.opt_state[0].mu))
+
+
+def test_a_skipped_update_leaves_the_bias(step: Any) -> None:
+    start = biased(init_state(CFG, OPTIM))
+    before, bad = copied(start), tiny_batch()
+    state, metrics = step(start, bad.replace(loss_mask=bad.loss_mask * np.float32("nan")), None)
+    assert int(metrics.skipped) == 1
+    assert_identical((state.params, state.opt_state), (before.params, before.opt_state))
+
+
+def test_accumulation_is_the_big_batch() -> None:
+    params, batch = init_params(CFG, 1), tiny_batch(rows=4)
+    whole, parts = (
+        jax.jit(lambda p, b, n=n: gradients(CFG, p, b, StepSettings(accum_steps=n, balance_loss=1.0)))(
+            params, batch
+        )
+        for n in (1, 2)
+    )
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    assert whole[1].routing.counts.dtype == jnp.int32
+
+
+def test_the_loss_is_the_mean_over_rows_and_moves_routers_only(step: Any) -> None:
+    params, batch = init_params(CFG, 1), jax.tree.map(jnp.asarray, tiny_batch(rows=3))
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        with_it, without = (
+            gradients(CFG, params, batch, StepSettings(balance_loss=weight)) for weight in (1.0, 0.0)
+        )
+        return jax.tree.map(jnp.subtract, with_it[0], without[0]), with_it[1]
+
+    difference, sums = run(params)
+    model = merge(CFG, params)
+    _, aux = model.hidden(batch, model.context(taps=frozenset({"balance_sequence"})))
+    weights = (batch.loss_mask * (batch.targets[..., 0] >= 0)).sum(1)
+    np.testing.assert_allclose(sums.routing.balance, (aux["balance_sequence"] * weights).sum(), rtol=1e-5)
+    moved = {name for name, d in flatten(difference).items() if np.abs(d).max() > 1e-6}
+    # What stands before a router moves it as well; the last layer's experts and the head do not.
+    assert "layers.0.mixer.gate.weight" in moved and "layers.2.mixer.gate.weight" in moved
+    assert not any(name.startswith(("layers.2.mixer.experts", "norm_f")) for name in moved)
+
+
+@pytest.mark.slow
+def test_the_bias_evens_the_load_out() -> None:
+    """A router that prefers one expert is brought back, without an auxiliary loss and with its weights as they are."""
+    settings = StepSettings(balance_loss=0.0, bias_rate=0.002)
+    step, state = make_train_step(CFG, constant_lr(lr=1e-6), settings), init_state(CFG, constant_lr())
+    lean = jnp.zeros(EXPERTS).at[1].set(0.06)
+    state = state.replace(
+        params=map_named(lambda name, v: v + lean if name.endswith(BIAS) else v, state.params)
+    )
+    loads = []
+    for _ in range(60):
+        state, metrics = step(state, tiny_batch(rows=8), None)
+        loads.append(float(metrics.imbalance))
+    assert loads[0] > 2.5 and np.mean(loads[-10:]) < 1.6
+
+
+def test_a_bias_moves_against_its_load() -> None:
+    params = {"layers": {i: {"mixer": {"gate": {BIAS: jnp.zeros(3)}}} for i in (2, 10)}, "x": jnp.ones(2)}
+    moved = corrected(params, jnp.array([[4, 1, 1], [2, 2, 2]]), 0.5)
+    np.testing.assert_array_equal(moved["layers"][2]["mixer"]["gate"][BIAS], [-0.5, 0.5, 0.5])
+    np.testing.assert_array_equal(moved["layers"][10]["mixer"]["gate"][BIAS], np.zeros(3))
+    assert moved["x"] is params["x"]
+    assert float(imbalance(jnp.array([[4, 1, 1], [2, 2, 2]]))) == 2.0
+    assert float(imbalance(jnp.zeros((2, 3), jnp.int32))) == 0.0
+
+
+def test_resumed_is_uninterrupted_and_the_load_is_logged_and_drawn(tmp_path: Path) -> None:
+    cfg = tiny_config("E-", moe=MoEConfig(4, 1, 8))
+
+    def run(steps: int, folder: Path) -> Any:
+        return fit(cfg, constant_lr(), TinyLoader(), TrainSettings(steps=steps), folder=folder)
+
+    whole = run(4, tmp_path / "a")
+    run(2, tmp_path / "b")
+    resumed = run(4, tmp_path / "b")
+    assert_identical(resumed.params, whole.params)
+    bias = flatten(whole.params)[f"layers.0.mixer.gate.{BIAS}"]
+    assert np.any(bias) and np.abs(bias).max() <= 4e-3 + 1e-6
+    rows = read_jsonl(tmp_path / "b" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(1 <= row["imbalance"] <= 4 and row["balance_loss"] > 0 for row in rows)
+    plain = fit(tiny_config("-"), constant_lr(), TinyLoader(), TrainSettings(steps=1), folder=tmp_path / "c")
+    assert plain.step == 1 and "imbalance" not in read_jsonl(tmp_path / "c" / "metrics.jsonl")[0]
+    pictures = [loss_curve(tmp_path / n / "metrics.jsonl", tmp_path / f"{n}.png") for n in "bc"]
+    with_load, without = (picture.read_bytes()[16:24] for picture in pictures)
+    # Width and height of the PNG: the load has a panel of its own.
+    assert int.from_bytes(with_load[4:]) > int.from_bytes(without[4:]) and with_load[:4] == without[:4]
+
+
+def test_settings_name_the_field() -> None:
+    for change, message in (
+        ({"balance_loss": -1.0}, "balance_loss=-1.0"),
+        ({"bias_rate": -1.0}, "bias_rate=-1.0"),
+        ({"balance_scope": "token"}, "balance_scope='token'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(SETTINGS, **change)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_batch_loss_is_that_of_transformers() -> None:
+    """Which counts all k choices of a token as one each: k times Switch's."""
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 9, EXPERTS)).astype(np.float32)
+    mask = np.arange(9) < np.array([[9], [5]])
+    theirs = load_balancing_loss_func(
+        (torch.tensor(logits.reshape(-1, EXPERTS)),), EXPERTS, K, torch.tensor(mask.astype(np.int64))
+    )
+    shares = np.where(mask[..., None], jax.nn.softmax(logits), 0).reshape(1, -1, EXPERTS)
+    ids = jax.lax.top_k(jnp.asarray(logits), K)[1]
+    ids = jnp.where(mask[..., None], ids, EXPERTS).reshape(1, -1, K)
+    np.testing.assert_allclose(K * balance_of(jnp.asarray(shares), ids)[0], theirs.numpy(), rtol=1e-5)
