@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 VOCAB, EPS = 101, 3e-3
 
-_HYBRID = {
+HYBRID = {
     "model_type": "nemotron_h",
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -38,7 +38,7 @@ _MAMBA2 = {
     "chunk_size": 8,
     "layer_norm_epsilon": EPS,
 }
-_TRANSFORMER = {
+TRANSFORMER = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -51,6 +51,13 @@ _TRANSFORMER = {
     "rope_theta": 10000.0,
 }
 # Wavelengths of head_dim 20 at theta 10000 are 6, 16, 39, 99, ...: kept, blended and divided ones all occur.
+_MOE = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 28,
+    "moe_shared_expert_intermediate_size": 36,
+    "routed_scaling_factor": 1.6,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -61,8 +68,8 @@ _LLAMA3 = {
 _SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 
 CASES: dict[str, dict[str, Any]] = {
-    "nemotron_h": _HYBRID | {"hybrid_override_pattern": "M*-M", "n_groups": 2},
-    "nemotron_h_one_group": _HYBRID
+    "nemotron_h": HYBRID | {"hybrid_override_pattern": "M*-M", "n_groups": 2},
+    "nemotron_h_one_group": HYBRID
     | {
         "hybrid_override_pattern": "M*-",
         "n_groups": 1,
@@ -70,12 +77,48 @@ CASES: dict[str, dict[str, Any]] = {
         "use_bias": True,
         "mlp_bias": True,
     },
-    "nemotron_h_group_per_head": _HYBRID | {"hybrid_override_pattern": "*-M", "n_groups": 8},
+    "nemotron_h_group_per_head": HYBRID | {"hybrid_override_pattern": "*-M", "n_groups": 8},
+    "nemotron_moe": HYBRID | _MOE | {"hybrid_override_pattern": "ME*E", "n_groups": 2},
+    "nemotron_latent": HYBRID
+    | _MOE
+    | {
+        "hybrid_override_pattern": "*EM-E",
+        "n_groups": 2,
+        "moe_latent_size": 20,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+    },
+    "mixtral": TRANSFORMER | {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2},
+    "mixtral_window": TRANSFORMER
+    | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 7},
+    "qwen3_moe": TRANSFORMER
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 28,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe_mixed": TRANSFORMER
+    | {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 28,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+    },
     "mamba2": _MAMBA2 | {"n_groups": 2, "tie_word_embeddings": True},
     "mamba2_one_group": _MAMBA2 | {"n_groups": 1, "use_bias": True, "tie_word_embeddings": False},
-    "llama": _TRANSFORMER | {"model_type": "llama"},
-    "llama3": _TRANSFORMER | {"model_type": "llama", "rope_scaling": _LLAMA3, "tie_word_embeddings": True},
-    "llama_bias": _TRANSFORMER
+    "llama": TRANSFORMER | {"model_type": "llama"},
+    "llama3": TRANSFORMER | {"model_type": "llama", "rope_scaling": _LLAMA3, "tie_word_embeddings": True},
+    "llama_bias": TRANSFORMER
     | {
         "model_type": "llama",
         "attention_bias": True,
@@ -83,10 +126,10 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "linear", "factor": 2.0},
         "num_key_value_heads": 1,
     },
-    "qwen2": _TRANSFORMER | {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2_window": _TRANSFORMER | {"model_type": "qwen2", **_SLIDING},
-    "qwen3": _TRANSFORMER | {"model_type": "qwen3"},
-    "qwen3_window": _TRANSFORMER
+    "qwen2": TRANSFORMER | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_window": TRANSFORMER | {"model_type": "qwen2", **_SLIDING},
+    "qwen3": TRANSFORMER | {"model_type": "qwen3"},
+    "qwen3_window": TRANSFORMER
     | {
         "model_type": "qwen3",
         "attention_bias": True,
@@ -131,7 +174,16 @@ JET = {
 }
 
 # Recorded in fixtures/ and checked without torch; the others are compared with a live model only.
-RECORDED = ("nemotron_h", "mamba2", "llama3", "qwen2_window", "qwen3_window")
+RECORDED = (
+    "nemotron_h",
+    "nemotron_latent",
+    "mixtral",
+    "qwen3_moe",
+    "mamba2",
+    "llama3",
+    "qwen2_window",
+    "qwen3_window",
+)
 
 
 def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import jaxllm.model.mamba
 from jaxllm.config import ModelConfig
 from jaxllm.model.functional import LanguageModel, flatten, map_named
 from jaxllm.model.layers import GatedRMSNorm, _normalised
+from jaxllm.model.moe import Router
 
 Mutant = Callable[[LanguageModel, pytest.MonkeyPatch], LanguageModel]
 
@@ -136,6 +137,46 @@ NORMED: dict[str, Mutant] = {
     "no qk norm": _params(lambda p, v: v * 0 + 1 if p.endswith(("q_norm.weight", "k_norm.weight")) else v),
     "q and k norm exchanged": _swap("q_norm", "k_norm"),
 }
+
+
+def _experts(change: Callable[[jax.Array], jax.Array], *names: str) -> Mutant:
+    return _params(lambda p, v: change(v) if p.endswith(tuple(f"experts.{name}" for name in names)) else v)
+
+
+def gate_and_up_exchanged(value: jax.Array) -> jax.Array:
+    """Halves of the fused projection."""
+    return jnp.roll(value, value.shape[-1] // 2, axis=-1)
+
+
+def biased_weights(model: LanguageModel, patch: pytest.MonkeyPatch) -> LanguageModel:
+    """Experts are combined by the scores that they are chosen by."""
+    right = Router.__call__
+
+    def call(self: Router, x: jax.Array) -> Any:
+        shares, ids, weights = right(self, x)
+        bias = self.e_score_correction_bias[...][ids]
+        return shares, ids, weights + 0.3 * bias * self.cfg.scaling
+
+    patch.setattr(Router, "__call__", call)
+    return model
+
+
+def _moe(**changes: Any) -> Mutant:
+    return _config(lambda cfg: cfg.replace(moe=replace(cfg.moe, **changes)))
+
+
+ROUTED: dict[str, Mutant] = {
+    "router transposed by one": _params(lambda p, v: jnp.roll(v, 1, 1) if p.endswith("gate.weight") else v),
+    "experts off by one": _experts(lambda v: jnp.roll(v, 1, 0), "down_proj"),
+    "one expert lost": _experts(lambda v: v.at[2].set(0), "down_proj"),
+    "router scale": _moe(scaling=1.1),
+}
+CORRECTED: dict[str, Mutant] = {
+    "no correction bias": _zero("e_score_correction_bias"),
+    "combined with the bias": biased_weights,
+    "softmax router": _moe(router="softmax"),
+}
+SHARED: dict[str, Mutant] = {"no shared expert": _zero("shared_experts.down_proj.weight")}
 WINDOWED: dict[str, Mutant] = {"window + 1": _window_of(1), "window - 1": _window_of(-1)}
 
 
@@ -154,6 +195,16 @@ def mutants(cfg: ModelConfig) -> dict[str, Mutant]:
         out |= BIASED if a.qkv_bias else {}
         out |= NORMED if a.qk_norm else {}
         out |= WINDOWED if "W" in cfg.pattern else {}
+    m = cfg.moe if "E" in cfg.pattern else None
+    if m is not None:
+        out |= ROUTED | {"norm_topk": _moe(norm_topk=not m.norm_topk), "top_k": _moe(top_k=m.top_k - 1)}
+        out |= CORRECTED if m.correction_bias else {"sigmoid router": _moe(router="sigmoid")}
+        out |= SHARED if m.shared_intermediate_size is not None else {}
+        out |= {"no groups": _moe(n_groups=1, topk_groups=1)} if m.n_groups > 1 else {}
+        if m.activation == "swiglu":
+            out["experts' gate and up exchanged"] = _experts(gate_and_up_exchanged, "gate_up_proj")
+        if "-" not in cfg.pattern:
+            out.pop("gate and up exchanged", None)
     return out
 
 

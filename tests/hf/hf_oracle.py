@@ -1,6 +1,7 @@
 """The other implementation: transformers on torch, imported only here."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ def build(config: dict[str, Any], seed: int = 0, dtype: str = "float32") -> Any:
     config = copy.deepcopy(config)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(weight(disk_name(model, name), tuple(parameter.shape), seed)))
+        for name, tensor in disk_tensors(model):
+            tensor.copy_(torch.from_numpy(weight(name, tuple(tensor.shape), seed)))
     unclamp(model)
     return model.to(getattr(torch, dtype))
 
@@ -31,9 +32,35 @@ def disk_name(model: Any, name: str) -> str:
     return name.replace("model.", "backbone.", 1) if hybrid and name.startswith("model.") else name
 
 
+# The names of an expert's parts by those of the stacked tensors that transformers 5 keeps in memory.
+EXPERT_PARTS = {
+    "nemotron_h": {"up_proj": ["up_proj"], "down_proj": ["down_proj"]},
+    "mixtral": {"gate_up_proj": ["w1", "w3"], "down_proj": ["w2"]},
+    "qwen3_moe": {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]},
+}
+
+
+def disk_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    """(disk name, view) of everything that save_pretrained writes, without the tied head."""
+    biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    kind = model.config.model_type
+    for name, tensor in [*model.named_parameters(), *biases]:
+        disk = disk_name(model, name)
+        if kind == "mixtral":
+            disk = disk.replace(".mlp.", ".block_sparse_moe.")
+        owner, _, stack = disk.rpartition(".")
+        if not owner.endswith(".experts"):
+            yield disk, tensor
+            continue
+        parts = EXPERT_PARTS[kind][stack]
+        for number, expert in enumerate(tensor):
+            for part, view in zip(parts, expert.chunk(len(parts)), strict=True):
+                yield f"{owner}.{number}.{part}.weight", view
+
+
 def shapes(model: Any) -> dict[str, list[int]]:
     """Disk name to shape, without the tied head."""
-    return {disk_name(model, name): list(p.shape) for name, p in model.named_parameters()}
+    return {name: list(tensor.shape) for name, tensor in disk_tensors(model)}
 
 
 def unclamp(model: Any) -> None:

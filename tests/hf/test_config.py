@@ -93,7 +93,13 @@ def test_qwen_windows() -> None:
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
-        ("nemotron_h", {"hybrid_override_pattern": "ME*-"}, "letter E"),
+        ("nemotron_h", {"hybrid_override_pattern": "ME*-"}, "moe_shared_expert_intermediate_size: missing"),
+        ("nemotron_moe", {"n_routed_experts": None}, "n_routed_experts: missing"),
+        ("nemotron_moe", {"mlp_bias": True}, "mlp_bias=True: unsupported, experts have no biases"),
+        ("nemotron_moe", {"moe_shared_expert_intermediate_size": 0}, "moe_shared_expert_intermediate_size=0"),
+        ("nemotron_latent", {"n_group": 3}, "moe.n_groups=3"),
+        ("mixtral", {"num_experts_per_tok": 9}, "moe.top_k=9"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size: missing"),
         ("nemotron_h", {"hybrid_override_pattern": "MX"}, "unknown letter X"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act='silu'"),
         ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act"),
@@ -112,7 +118,8 @@ def test_qwen_windows() -> None:
         ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
         ("qwen3", {"logit_softcap": 30.0, "mystery": 1}, "logit_softcap=30.0, mystery=1"),
         ("llama", {"model_type": "gpt2"}, "model_type='gpt2'"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config.*float16 only. Give the folder"),
+        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8'.*bfloat16"),
     ],
 )
 def test_refusals_name_the_field(case: str, change: dict[str, Any], message: str) -> None:

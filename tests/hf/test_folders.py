@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(case: str = "nemotron_h", dtype: Any = np.float32) -> Path:
         cfg = hf.config_from_hf(CASES[case])
-        shapes = {p.name: p.shape for p in hf.tensor_names(cfg, CASES[case]["model_type"]).values()}
+        shapes = {p.name: p.shape for p in hf.tensor_names(cfg, CASES[case]["model_type"])}
         path = write_folder(tmp_path_factory.mktemp(case), CASES[case], shapes, seed=3)
         tensors = {name: value.astype(dtype) for name, value in load_file(path / "model.safetensors").items()}
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -48,7 +48,9 @@ def content(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", ["nemotron_h", "mamba2", "qwen3_window"])
+@pytest.mark.parametrize(
+    "case", ["nemotron_h", "mamba2", "qwen3_window", "nemotron_latent", "mixtral", "qwen3_moe_mixed"]
+)
 def test_disk_to_disk_is_bit_exact(case: str, dtype: str, folder: Any, tmp_path: Path) -> None:
     source = folder(case, jnp.dtype(dtype))
     model = hf.load(source)

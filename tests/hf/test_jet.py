@@ -106,7 +106,7 @@ def test_every_tensor_of_the_2b_by_name_and_shape() -> None:
             f"{start}mlp.{n}_proj.weight": s for n, s in zip(("gate", "up"), [[8960, 1536]] * 2)
         }
         wanted[f"{start}mlp.down_proj.weight"] = [1536, 8960]
-    ours = {place.name: list(place.shape) for place in hf.tensor_names(cfg, "jet_nemotron").values()}
+    ours = {place.name: list(place.shape) for place in hf.tensor_names(cfg, "jet_nemotron")}
     assert ours == wanted
 
 
@@ -156,7 +156,7 @@ def test_models_that_the_family_does_not_express() -> None:
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    places = hf.tensor_names(hf.config_from_hf(JET), "jet_nemotron").values()
+    places = hf.tensor_names(hf.config_from_hf(JET), "jet_nemotron")
     return {place.name: place.shape for place in places}
 
 

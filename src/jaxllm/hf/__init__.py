@@ -1,4 +1,5 @@
-"""Hugging Face checkpoints in and out: Nemotron-H, Mamba-2, Llama, Qwen2, Qwen3 and Jet-Nemotron.
+"""Hugging Face checkpoints in and out: Nemotron-H (and Nemotron 3), Mamba-2, Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE
+and Jet-Nemotron.
 
 ``load`` and ``save`` take folders; nothing is downloaded and neither torch nor transformers is imported.
 """

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +77,13 @@ def tensor_dtypes(folder: str | Path) -> dict[str, str]:
     }
 
 
-def _match(folder: Path, wanted: Mapping[str, Stored], entries: Mapping[str, Entry], tied: bool) -> None:
+def _match(folder: Path, wanted: Iterable[Stored], entries: Mapping[str, Entry], tied: bool) -> None:
     """Compare the tensors that the model needs with those on disk.
 
     Raises:
         CheckpointError: missing, extra and misshapen tensors and unknown dtypes, all of them.
     """
-    names = {stored.name: stored for stored in wanted.values()}
+    names = {stored.name: stored for stored in wanted}
     allowed = set(names) | ({"lm_head.weight"} if tied else set())
     problems = [f"missing: {name} {list(names[name].shape)}" for name in names if name not in entries]
     problems += [f"extra: {name} {list(entries[name].shape)}" for name in sorted(set(entries) - allowed)]
@@ -91,7 +93,9 @@ def _match(folder: Path, wanted: Mapping[str, Stored], entries: Mapping[str, Ent
             problems.append(f"shape: {name} is {given} on disk, {needed} by config.json")
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
-            problems.append(f"dtype: {name} is {entry.dtype}; jaxllm reads {', '.join(DTYPES)}")
+            problems.append(
+                f"dtype: {name} is {entry.dtype}; jaxllm reads {', '.join(DTYPES)}: give a checkpoint that is not quantised"
+            )
     if problems:
         raise CheckpointError(
             "\n  ".join([f"{folder}: the weights are not those of config.json:", *problems])
@@ -128,20 +132,38 @@ def load(folder: str | Path, precision: Precision | None = None) -> LanguageMode
     wanted = tensor_names(cfg, family)
     _match(folder, wanted, entries, cfg.tie_embeddings)
     cfg = cfg.replace(precision=precision or _precision(entries))
-    abstract = flatten(abstract_params(cfg))
-    path_of = {entries[stored.name].name: path for path, stored in wanted.items()}
-    values = {}
-    for entry, array in read_tensors(entries[stored.name] for stored in wanted.values()):
-        path = path_of[entry.name]
-        array = wanted[path].layout.load(array).astype(abstract[path].dtype, copy=False)
-        # A copy in C order: a view of a transposed buffer would keep both alive.
-        values[path] = jnp.asarray(np.ascontiguousarray(array))
+    values = _values(wanted, entries, flatten(abstract_params(cfg)))
     if cfg.tie_embeddings and "lm_head.weight" in entries:
-        _check_tied(folder, entries, wanted["embed.weight"].name)
+        _check_tied(folder, entries, next(place.name for place in wanted if place.path == "embed.weight"))
     params = map_named(lambda path, _: values[path], abstract_params(cfg))
     tokenizer = _load_tokenizer(folder)
     template = tokenizer.chat_template if tokenizer is not None else None
     return LanguageModel(cfg=cfg, params=params, tokenizer=tokenizer, chat_template=template)
+
+
+def _values(
+    wanted: list[Stored], entries: Mapping[str, Entry], abstract: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Parameters by path, read tensor by tensor; the parts of stacked experts are put where they belong."""
+    place_of = {entries[place.name].name: place for place in wanted}
+    missing = Counter(place.path for place in wanted)
+    parts: dict[str, np.ndarray] = {}
+    values = {}
+    for entry, array in read_tensors(entries[place.name] for place in wanted):
+        place = place_of[entry.name]
+        path, leaf = place.path, abstract[place.path]
+        array = place.layout.load(array)
+        missing[path] -= 1
+        if place.index:
+            if path not in parts:
+                parts[path] = np.empty(leaf.shape, leaf.dtype)
+            parts[path][place.index] = array
+            if missing[path] == 0:
+                values[path] = jnp.asarray(parts.pop(path))
+        else:
+            # A copy in C order: a view of a transposed buffer would keep both alive.
+            values[path] = jnp.asarray(np.ascontiguousarray(array.astype(leaf.dtype, copy=False)))
+    return values
 
 
 def _check_tied(folder: Path, entries: Mapping[str, Entry], embedding: str) -> None:
@@ -178,8 +200,8 @@ def save(
     Args:
         model: configuration, plain array parameters, tokenizer if any.
         folder: made if it is not there; an earlier export in it is replaced.
-        family: "nemotron_h", "mamba2", "llama", "qwen2", "qwen3" or "jet_nemotron" (whose code is on the
-            hub, not in transformers); None takes the one that expresses the model.
+        family: "nemotron_h", "mamba2", "llama", "qwen2", "qwen3", "mixtral", "qwen3_moe" or "jet_nemotron" (whose code
+            is on the hub, not in transformers); None takes the one that expresses the model.
         dtype: "float32", "bfloat16" or "float16" for all tensors; or tensor name to dtype (:func:`tensor_dtypes`); None
             keeps each parameter's own.
         max_shard_bytes: larger models are split, with an index.
@@ -223,16 +245,17 @@ def save(
 def _outputs(model: LanguageModel, family: str, dtype: str | Mapping[str, str] | None) -> list[Output]:
     params = flatten(model.params)
     places = tensor_names(model.cfg, family)
-    if set(params) != set(places):
-        differ = ", ".join(sorted(set(params) ^ set(places))[:4])
+    paths = {place.path for place in places}
+    if set(params) != paths:
+        differ = ", ".join(sorted(set(params) ^ paths)[:4])
         raise CheckpointError(
             f"params: not the plain arrays of cfg ({differ}); merge adapters and quantised weights first"
         )
     if model.cfg.tie_embeddings and family == "nemotron_h":
         # transformers' class has no tying: without the tensor it would make up a random head.
         params["lm_head.weight"] = params["embed.weight"]
-        place = places["embed.weight"]
-        places["lm_head.weight"] = Stored("lm_head.weight", place.shape, place.layout)
+        embedding = next(place for place in places if place.path == "embed.weight")
+        places.append(replace(embedding, path="lm_head.weight", name="lm_head.weight"))
     wanted = {name: next(d for d in DTYPES.values() if d.name == name) for name in TORCH_NAMES.values()}
 
     def dtype_of(name: str, own: Any) -> np.dtype:
@@ -242,14 +265,18 @@ def _outputs(model: LanguageModel, family: str, dtype: str | Mapping[str, str] |
             raise CheckpointError(f"dtype={given!r}: allowed are {', '.join(wanted)}")
         return wanted[given]
 
-    def value(path: str) -> np.ndarray:
-        return places[path].layout.store(np.asarray(jax.device_get(params[path])))
+    def value(place: Stored) -> np.ndarray:
+        array = params[place.path]
+        return place.layout.store(np.asarray(jax.device_get(array[place.index] if place.index else array)))
 
     return [
         Output(
-            place.name, place.shape, dtype_of(place.name, params[path].dtype), lambda path=path: value(path)
+            place.name,
+            place.shape,
+            dtype_of(place.name, params[place.path].dtype),
+            lambda place=place: value(place),
         )
-        for path, place in places.items()
+        for place in places
     ]
 
 

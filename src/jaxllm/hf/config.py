@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.config import ConfigError, ModelConfig
-from jaxllm.hf import jet, mamba, transformer
+from jaxllm.hf import jet, mamba, moe, transformer
 from jaxllm.hf.fields import Fields
 
 
@@ -29,6 +29,8 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM", transformer.read_llama, transformer.write_llama),
     "qwen2": Family("Qwen2ForCausalLM", transformer.read_qwen2, transformer.write_qwen2),
     "qwen3": Family("Qwen3ForCausalLM", transformer.read_qwen3, transformer.write_qwen3),
+    "mixtral": Family("MixtralForCausalLM", moe.read_mixtral, moe.write_mixtral),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", moe.read_qwen3_moe, moe.write_qwen3_moe),
     "nemotron_h": Family("NemotronHForCausalLM", mamba.read_nemotron_h, mamba.write_nemotron_h),
     "mamba2": Family("Mamba2ForCausalLM", mamba.read_mamba2, mamba.write_mamba2),
     "jet_nemotron": Family("JetNemotronForCausalLM", jet.read_jet_nemotron, jet.write_jet_nemotron),
@@ -58,7 +60,14 @@ def config_from_hf(data: dict[str, Any]) -> ModelConfig:
     """
     name = family_of(data)
     fields = Fields(data, name)
-    fields.only("quantization_config", None, "the weights are quantised")
+    quantised = fields.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise ConfigError(
+            f"quantization_config: the weights are stored quantised (quant_method {method!r}), and jaxllm reads float32, "
+            "bfloat16 and float16 only. Give the folder of the same model in bfloat16 (released beside FP8 and NVFP4 "
+            "ones), or dequantise it with the tool that made it, save it and remove quantization_config"
+        )
     cfg = FAMILIES[name].read(fields)
     fields.finish()
     return cfg

@@ -19,7 +19,8 @@ _HARMLESS = {
     "labels of classification heads": "id2label label2id num_labels problem_type finetuning_task task_specific_params",
     "training only: dropout and initialisation": """
         attention_dropout hidden_dropout residual_dropout embd_pdrop rescale_prenorm_residual time_step_min
-        time_step_max time_step_floor mamba_dt_min mamba_dt_max mamba_dt_init_floor time_step_rank""",
+        time_step_max time_step_floor mamba_dt_min mamba_dt_max mamba_dt_init_floor time_step_rank
+        router_aux_loss_coef router_jitter_noise""",
     "the longest sequence meant; no position table depends on it": "max_position_embeddings",
     "early Llama's emulation of tensor parallelism: the same products in slices": "pretraining_tp",
     "which kernels to use": "use_mamba_kernels _attn_implementation attn_implementation use_bfloat16",

@@ -14,6 +14,7 @@ from jaxllm.config import (
     require,
 )
 from jaxllm.hf.fields import Fields, number
+from jaxllm.hf.moe import NEMOTRON_FIELDS, read_nemotron_moe, write_nemotron_moe
 
 LETTER_OF_BLOCK = {
     "mamba": "M",
@@ -57,9 +58,6 @@ def _mtp(fields: Fields) -> MTPConfig | None:
 def _pattern(fields: Fields) -> str:
     """The main pattern; warns where the number of layers says otherwise."""
     text = _letters(fields, "hybrid_override_pattern", "layers_block_type", ("layer_types",))
-    require(
-        "E" not in text, "hybrid_override_pattern", text, "the letter E (mixture of experts) is not supported"
-    )
     layers = fields.get("num_hidden_layers", len(text))
     if layers != len(text):
         warnings.warn(
@@ -140,16 +138,11 @@ def read_nemotron_h(fields: Fields) -> ModelConfig:
         "expand", "mamba_expand", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters"
     )
     fields.skip("residual_in_fp32", "mamba_ssm_cache_dtype")
-    # Without the letter E none of these has a layer to act on.
-    fields.skip(
-        "n_routed_experts", "num_local_experts", "n_shared_experts", "moe_intermediate_size", "topk_group"
-    )
-    fields.skip(
-        "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_shared_expert_overlap", "n_group"
-    )
-    fields.skip("num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob")
+    # How servers overlap the shared expert with the others.
+    fields.skip("moe_shared_expert_overlap")
     # A pattern may lack a letter whose fields are there all the same.
-    fields.skip(*MAMBA_FIELDS, "num_attention_heads", "num_key_value_heads", "head_dim", "attention_head_dim")
+    fields.skip(*MAMBA_FIELDS, *NEMOTRON_FIELDS)
+    fields.skip("num_attention_heads", "num_key_value_heads", "head_dim", "attention_head_dim")
     fields.skip("intermediate_size", "mlp_bias")
     return ModelConfig(
         vocab_size=fields.need("vocab_size"),
@@ -158,6 +151,7 @@ def read_nemotron_h(fields: Fields) -> ModelConfig:
         mamba=_mamba(fields) if "M" in letters else None,
         attention=_attention(fields) if "*" in letters else None,
         mlp=_mlp(fields) if "-" in letters else None,
+        moe=read_nemotron_moe(fields) if "E" in letters else None,
         mtp=mtp,
         norm_eps=fields.get("layer_norm_epsilon", 1e-5, old=("rms_norm_eps",)),
         norm_cast="last",
@@ -190,7 +184,7 @@ def _finite(limit: tuple[float, float]) -> list[float]:
 
 def write_nemotron_h(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of Nemotron-H; ``time_step_min`` carries the lower limit of dt, for transformers' own class."""
-    _plain(cfg, norm_cast="last", letters="M*-")
+    _plain(cfg, norm_cast="last", letters="M*-E")
     out: dict[str, Any] = {
         "hybrid_override_pattern": cfg.pattern,
         "num_hidden_layers": len(cfg.pattern),
@@ -242,7 +236,7 @@ def write_nemotron_h(cfg: ModelConfig) -> dict[str, Any]:
             "mlp_hidden_act": "relu2",
             "mlp_bias": cfg.mlp.bias,
         }
-    return out
+    return out | (write_nemotron_moe(cfg) if "E" in cfg.letters else {})
 
 
 def read_mamba2(fields: Fields) -> ModelConfig:

@@ -63,12 +63,24 @@ def _linears(ours: str, theirs: str, names: tuple[str, ...]) -> dict[str, tuple[
     return weights | {f"{ours}.{name}.bias": (f"{theirs}.{name}.bias", SAME) for name in names}
 
 
+def _experts(ours: str, template: str, **parts: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], Layout]]:
+    """Stacked experts, each of whose parts is a tensor of its own: ``{}`` in the name is the expert's number."""
+    return {
+        f"{ours}.{name}": (tuple(template.replace("*", part) for part in theirs), FLIP)
+        for name, theirs in parts.items()
+    }
+
+
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 HYBRID_LAYER = (
     {"norm.weight": ("norm.weight", SAME)}
     | MAMBA
     | _linears("mixer", "mixer", QKVO)
     | _linears("mixer", "mixer", ("up_proj", "down_proj"))
+    | _linears("mixer.shared_experts", "mixer.shared_experts", ("up_proj", "down_proj"))
+    | _linears("mixer", "mixer", ("gate", "fc1_latent_proj", "fc2_latent_proj"))
+    | {"mixer.gate.e_score_correction_bias": ("mixer.gate.e_score_correction_bias", SAME)}
+    | _experts("mixer.experts", "mixer.experts.{}.*.weight", up_proj=("up_proj",), down_proj=("down_proj",))
 )
 HYBRID_MODEL = {
     "embed.weight": ("backbone.embeddings.weight", SAME),
@@ -89,6 +101,25 @@ GENERATOR = "mixer.generator."
 MLP_LAYER = {"norm.weight": ("post_attention_layernorm.weight", SAME)} | _linears(
     "mixer", "mlp", ("gate_proj", "up_proj", "down_proj")
 )
+_POST_NORM = {"norm.weight": ("post_attention_layernorm.weight", SAME)}
+MOE_LAYER = {
+    "mixtral": _POST_NORM
+    | {"mixer.gate.weight": ("block_sparse_moe.gate.weight", FLIP)}
+    | _experts(
+        "mixer.experts",
+        "block_sparse_moe.experts.{}.*.weight",
+        gate_up_proj=("w1", "w3"),
+        down_proj=("w2",),
+    ),
+    "qwen3_moe": _POST_NORM
+    | {"mixer.gate.weight": ("mlp.gate.weight", FLIP)}
+    | _experts(
+        "mixer.experts",
+        "mlp.experts.{}.*.weight",
+        gate_up_proj=("gate_proj", "up_proj"),
+        down_proj=("down_proj",),
+    ),
+}
 TRANSFORMER_MODEL = {
     "embed.weight": ("model.embed_tokens.weight", SAME),
     "norm_f.weight": ("model.norm.weight", SAME),
@@ -99,20 +130,27 @@ HYBRIDS = ("nemotron_h", "mamba2")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one of our parameters is stored.
+    """One tensor of a file: a parameter of ours, or a part of one.
 
     Attributes:
+        path: of our parameter.
+        index: the part; empty for all of it.
         name: in the file.
         shape: in the file.
         layout: between there and here.
     """
 
+    path: str
+    index: tuple[int | slice, ...]
     name: str
     shape: tuple[int, ...]
     layout: Layout
 
 
-def _mtp_rule(path: str, length: int) -> tuple[str, Layout]:
+Names = str | tuple[str, ...]
+
+
+def _mtp_rule(path: str, length: int) -> tuple[str, Names, Layout]:
     """``mtp.1.layers.0.norm.weight`` is stored as ``mtp.layers.2.norm.weight`` where a block has two letters.
 
     The norms and the projection before a block are stored with its first letter, the norm after it with its last.
@@ -121,41 +159,65 @@ def _mtp_rule(path: str, length: int) -> tuple[str, Layout]:
     first = int(number) * length
     if rest.startswith("layers."):
         _, inner, rest = rest.split(".", 2)
-        name, layout = HYBRID_LAYER[rest]
-        return f"mtp.layers.{first + int(inner)}.{name}", layout
+        names, layout = HYBRID_LAYER[rest]
+        return f"mtp.layers.{first + int(inner)}.", names, layout
     index = first + length - 1 if rest.startswith("final_layernorm.") else first
-    return f"mtp.layers.{index}.{rest}", FLIP if rest == "eh_proj.weight" else SAME
+    return f"mtp.layers.{index}.", rest, FLIP if rest == "eh_proj.weight" else SAME
 
 
-def _rule(path: str, cfg: ModelConfig, family: str) -> tuple[str, Layout]:
-    """(stored name, layout) of our parameter ``path``."""
+def _rule(path: str, cfg: ModelConfig, family: str) -> tuple[str, Names, Layout]:
+    """(prefix, stored name or the names of an expert's parts, layout) of our parameter ``path``."""
     hybrid, pattern = family in HYBRIDS, cfg.pattern
     if path.startswith("mtp.") and cfg.mtp is not None:
         return _mtp_rule(path, len(cfg.mtp.pattern))
     if not path.startswith("layers."):
-        return (HYBRID_MODEL if hybrid else TRANSFORMER_MODEL)[path]
+        names, layout = (HYBRID_MODEL if hybrid else TRANSFORMER_MODEL)[path]
+        return "", names, layout
     _, number, rest = path.split(".", 2)
     index = int(number)
     if hybrid:
-        name, layout = HYBRID_LAYER[rest]
-        return f"backbone.layers.{index}.{name}", layout
+        names, layout = HYBRID_LAYER[rest]
+        return f"backbone.layers.{index}.", names, layout
     # A Hugging Face layer is a pair of ours.
+    prefix = f"model.layers.{index // 2}."
     if rest.startswith(GENERATOR) and cfg.jet is not None:
         inner = rest.removeprefix(GENERATOR)
-        name = f"self_attn.dynamic_conv1d.kernel_generator.{inner}"
         layout = taps(cfg.jet.conv_kernel) if inner.startswith("w2.") else FLIP
-    else:
-        name, layout = {"-": MLP_LAYER, "J": JET_LAYER}.get(pattern[index], ATTENTION_LAYER)[rest]
-    return f"model.layers.{index // 2}.{name}", layout
+        return prefix, f"self_attn.dynamic_conv1d.kernel_generator.{inner}", layout
+    layers = {"-": MLP_LAYER, "J": JET_LAYER, "E": MOE_LAYER.get(family, {})}
+    names, layout = layers.get(pattern[index], ATTENTION_LAYER)[rest]
+    return prefix, names, layout
 
 
-def tensor_names(cfg: ModelConfig, family: str) -> dict[str, Stored]:
-    """Every parameter of ``cfg`` by dotted path (as :func:`jaxllm.model.functional.flatten` gives it): its place."""
-    out = {}
-    for path, leaf in flatten(abstract_params(cfg)).items():
-        name, layout = _rule(path, cfg, family)
-        out[path] = Stored(name, tuple(layout.shape(leaf.shape)), layout)
-    return out
+def _places(path: str, shape: tuple[int, ...], prefix: str, names: Names, layout: Layout) -> list[Stored]:
+    """The tensors that hold one parameter of ``shape``."""
+    if isinstance(names, str):
+        return [Stored(path, (), prefix + names, tuple(layout.shape(shape)), layout)]
+    experts, inputs, outputs = shape
+    width = outputs // len(names)
+    return [
+        Stored(
+            path,
+            (expert, slice(None), slice(part * width, (part + 1) * width)),
+            prefix + name.format(expert),
+            tuple(layout.shape((inputs, width))),
+            layout,
+        )
+        for expert in range(experts)
+        for part, name in enumerate(names)
+    ]
+
+
+def tensor_names(cfg: ModelConfig, family: str) -> list[Stored]:
+    """Every tensor of a checkpoint of ``cfg``: its name, and which parameter or part of one it is.
+
+    Paths are those of :func:`jaxllm.model.functional.flatten`. Stacked experts are a tensor each on disk, gated ones two.
+    """
+    return [
+        place
+        for path, leaf in flatten(abstract_params(cfg)).items()
+        for place in _places(path, leaf.shape, *_rule(path, cfg, family))
+    ]
 
 
 def disk_name(name: str, family: str) -> str:

@@ -2,7 +2,16 @@
 
 from typing import Any, Literal
 
-from jaxllm.config import AttentionConfig, ConfigError, JetConfig, MLPConfig, ModelConfig, RopeConfig, require
+from jaxllm.config import (
+    AttentionConfig,
+    ConfigError,
+    JetConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    require,
+)
 from jaxllm.hf.fields import Fields
 
 ROPE_KEYS = {
@@ -12,13 +21,13 @@ ROPE_KEYS = {
 }
 
 
-def read_rope(fields: Fields) -> RopeConfig:
+def read_rope(fields: Fields, theta: float = 10000.0) -> RopeConfig:
     """Rotary positions in transformers 5's form (``rope_parameters``) or the older ``rope_theta``, ``rope_scaling``.
 
     Raises:
         ConfigError: a kind of scaling that jaxllm does not have (yarn, dynamic, longrope), or unknown keys of it.
     """
-    theta = fields.get("rope_theta", 10000.0)
+    theta = fields.get("rope_theta", theta)
     new, older = fields.get("rope_parameters"), fields.get("rope_scaling")
     require(
         not (new and older) or new == older, "rope_scaling", older, f"rope_parameters={new!r} says otherwise"
@@ -75,7 +84,7 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 
-def _window(fields: Fields, layers: int) -> tuple[str, int | None]:
+def window_of(fields: Fields, layers: int) -> tuple[str, int | None]:
     """(attention letters, window) of Qwen's sliding-window fields.
 
     transformers' rule: ``layer_types`` where it is there; else the layers from ``max_window_layers`` on slide if
@@ -106,8 +115,10 @@ def _window(fields: Fields, layers: int) -> tuple[str, int | None]:
 
 def read_layers(fields: Fields, *, eps: float, head_dim: int | None, qkv_bias: bool, out_bias: bool, qk_norm: bool,
                 mlp_bias: bool, letters: str, window: int | None, norm_cast: Literal["first", "last"] = "first",
-                jet: JetConfig | None = None) -> ModelConfig:  # fmt: skip
-    """The fields that all families of mixer and SwiGLU layers share; one of ``letters`` per layer."""
+                jet: JetConfig | None = None, ffn: str | None = None, moe: MoEConfig | None = None,
+                rope_theta: float = 10000.0) -> ModelConfig:  # fmt: skip
+    """The model of pairs of a letter of ``letters`` and a feed-forward one (``ffn``; None: dense MLPs)."""
+    ffn = ffn or "-" * len(letters)
     hidden: int = fields.need("hidden_size")
     heads: int = fields.need("num_attention_heads")
     if head_dim is None:
@@ -122,18 +133,19 @@ def read_layers(fields: Fields, *, eps: float, head_dim: int | None, qkv_bias: b
     return ModelConfig(
         vocab_size=fields.need("vocab_size"),
         hidden_size=hidden,
-        pattern="".join(f"{letter}-" for letter in letters),
+        pattern="".join(pair for both in zip(letters, ffn, strict=True) for pair in both),
         attention=AttentionConfig(
             num_heads=heads,
             num_kv_heads=fields.get("num_key_value_heads", heads),
             head_dim=head_dim,
-            rope=read_rope(fields),
+            rope=read_rope(fields, rope_theta),
             window=window,
             qk_norm=qk_norm,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
         ),
-        mlp=MLPConfig(fields.need("intermediate_size"), "swiglu", mlp_bias),
+        mlp=MLPConfig(fields.need("intermediate_size"), "swiglu", mlp_bias) if "-" in ffn else None,
+        moe=moe,
         norm_eps=fields.get("rms_norm_eps", eps),
         jet=jet,
         norm_cast=norm_cast,
@@ -162,7 +174,7 @@ def read_llama(fields: Fields) -> ModelConfig:
 
 def read_qwen2(fields: Fields) -> ModelConfig:
     """Qwen2: biases on q, k and v, always."""
-    letters, window = _window(fields, fields.need("num_hidden_layers"))
+    letters, window = window_of(fields, fields.need("num_hidden_layers"))
     # transformers' class has no such field, but honours it where it is set.
     head_dim = fields.get("head_dim")
     return read_layers(fields, eps=1e-6, head_dim=head_dim, qkv_bias=True, out_bias=False, qk_norm=False,
@@ -171,27 +183,31 @@ def read_qwen2(fields: Fields) -> ModelConfig:
 
 def read_qwen3(fields: Fields) -> ModelConfig:
     """Qwen3: RMSNorm on queries and keys; ``attention_bias`` puts biases on all four projections."""
-    letters, window = _window(fields, fields.need("num_hidden_layers"))
+    letters, window = window_of(fields, fields.need("num_hidden_layers"))
     bias = fields.get("attention_bias", False)
     head_dim = fields.get("head_dim", 128)
     return read_layers(fields, eps=1e-6, head_dim=head_dim, qkv_bias=bias, out_bias=bias, qk_norm=True,
                  mlp_bias=False, letters=letters, window=window)  # fmt: skip
 
 
-def write_layers(cfg: ModelConfig, *, letters: str, norm_cast: str = "first") -> dict[str, Any]:
-    """Inverse of :func:`read_layers`.
+def write_layers(
+    cfg: ModelConfig, *, letters: str, ffn: str = "-", norm_cast: str = "first"
+) -> dict[str, Any]:
+    """Inverse of :func:`read_layers`: a model of pairs, one of ``letters`` and one of ``ffn``.
 
     Raises:
-        ConfigError: the family of ``letters`` does not have such layers.
+        ConfigError: the family does not have such layers.
     """
     pattern, a, mlp = cfg.pattern, cfg.attention, cfg.mlp
     mixers, others = pattern[::2], set(pattern[1::2])
-    layered = len(pattern) % 2 == 0 and set(mixers) <= set(letters) and others == {"-"}
-    require(
-        layered, "pattern", pattern, f"must be {' or '.join(f'{letter}-' for letter in letters)} repeated"
-    )
-    assert a is not None and mlp is not None
-    require(mlp.activation == "swiglu", "mlp.activation", mlp.activation, "the family's is swiglu")
+    layered = len(pattern) % 2 == 0 and set(mixers) <= set(letters) and others <= set(ffn)
+    pairs = " or ".join(letter + other for other in ffn for letter in letters)
+    require(layered, "pattern", pattern, f"must be {pairs} repeated")
+    assert a is not None
+    dense = {}
+    if mlp is not None and "-" in others:
+        require(mlp.activation == "swiglu", "mlp.activation", mlp.activation, "the family's is swiglu")
+        dense = {"intermediate_size": mlp.intermediate_size}
     require(cfg.norm_cast == norm_cast, "norm_cast", cfg.norm_cast, f"the family's is {norm_cast!r}")
     if a.rope is None:
         raise ConfigError("attention.rope=None: the family has rotary positions")
@@ -200,7 +216,7 @@ def write_layers(cfg: ModelConfig, *, letters: str, norm_cast: str = "first") ->
         "num_attention_heads": a.num_heads,
         "num_key_value_heads": a.num_kv_heads,
         "head_dim": a.head_dim,
-        "intermediate_size": mlp.intermediate_size,
+        **dense,
         "hidden_act": "silu",
         "rms_norm_eps": cfg.norm_eps,
         "attention_dropout": 0.0,
@@ -209,7 +225,7 @@ def write_layers(cfg: ModelConfig, *, letters: str, norm_cast: str = "first") ->
     }
 
 
-def expect(section: Any, name: str, **values: bool) -> None:
+def expect(section: Any, name: str, **values: Any) -> None:
     """Raise ConfigError unless each field of ``section`` has the family's value."""
     for field, value in values.items():
         given = getattr(section, field)

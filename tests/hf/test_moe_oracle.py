@@ -1,0 +1,100 @@
+"""Random mixtures of experts against live transformers models: any family, any shape, both directions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hf_cases import HYBRID, TRANSFORMER, prompt
+from hf_mutants import surviving
+from hf_parity import DISTINCT, check_cached, check_prefill
+
+import jaxllm.hf as hf
+
+pytestmark = [
+    pytest.mark.oracle,
+    # torch, transformers and its dependencies.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+]
+FAMILIES = ("nemotron_h", "mixtral", "qwen3_moe")
+
+
+def random_config(family: str, seed: int) -> dict[str, Any]:
+    """Sizes, routing options and layer orders drawn from ``seed``."""
+    rng = np.random.default_rng([seed, FAMILIES.index(family)])
+    pick = lambda *options: options[rng.integers(len(options))]  # noqa: E731
+    experts = int(pick(4, 6, 8, 12))
+    top_k = int(rng.integers(1, 1 + min(4, experts)))
+    width = int(pick(20, 28, 36))
+    if family == "mixtral":
+        return TRANSFORMER | {
+            "model_type": family,
+            "num_local_experts": experts,
+            "num_experts_per_tok": top_k,
+            "intermediate_size": width,
+            "sliding_window": pick(None, 6),
+        }
+    if family == "qwen3_moe":
+        return TRANSFORMER | {
+            "model_type": family,
+            "num_experts": experts,
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": width,
+            "norm_topk_prob": pick(True, False),
+            "mlp_only_layers": pick([], [0], [1]),
+            "attention_bias": pick(True, False),
+        }
+    # Random order, an expert layer in any case; groups of at least two experts.
+    letters = [*rng.choice(["M", "*", "-", "E"], 3).tolist(), "E"]
+    groups = int(pick(1, 2))
+    return HYBRID | {
+        "hybrid_override_pattern": "".join(rng.permutation(letters)),
+        "n_groups": int(pick(1, 2, 8)),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": min(top_k, experts // groups),
+        "moe_intermediate_size": width,
+        "moe_shared_expert_intermediate_size": int(pick(16, 44)),
+        "moe_latent_size": pick(None, 20, 48),
+        "n_group": groups,
+        "topk_group": 1,
+        "norm_topk_prob": pick(True, False),
+        "routed_scaling_factor": float(pick(1.0, 2.5, 5.0)),
+    }
+
+
+def agrees(config: dict[str, Any], seed: int, folder: Path) -> None:
+    """Prefill, cached decode and 48 greedy tokens agree; what was loaded is saved without a changed bit."""
+    from hf_oracle import build, expect
+
+    print(config)
+    for attempt in range(seed, seed + 20):
+        theirs = build(config, attempt)
+        expected = expect(theirs, prompt(attempt))
+        if len(set(expected.greedy.tolist())) >= DISTINCT and expected.logits.std() >= 1:
+            break
+    theirs.save_pretrained(folder / "theirs")
+    model = hf.load(folder / "theirs")
+    error = check_prefill(model, expected)
+    cached, ties = check_cached(model, expected)
+    print(f"prefill {error:.1e}, cached {cached:.1e}, near ties {ties}")
+    hf.save(model, folder / "ours", family=config["model_type"])
+    names = hf.tensor_dtypes(folder / "theirs")
+    assert hf.tensor_dtypes(folder / "ours") == names
+    from safetensors.numpy import load_file
+
+    a, b = (load_file(folder / side / "model.safetensors") for side in ("theirs", "ours"))
+    assert all(a[name].tobytes() == b[name].tobytes() for name in names)
+    assert surviving(model, expected) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_random_configuration_of_each_family(family: str, seed: int, tmp_path: Path) -> None:
+    agrees(random_config(family, seed), seed % 1000, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", range(20))
+def test_twenty_random_configurations(number: int, tmp_path: Path) -> None:
+    agrees(random_config(FAMILIES[number % 3], 100 + number), number, tmp_path)
