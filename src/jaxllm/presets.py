@@ -13,6 +13,8 @@ from jaxllm.config import (
     MambaConfig,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
+    MTPConfig,
     RopeConfig,
 )
 
@@ -30,7 +32,9 @@ def _hybrid(
     heads: int = 32,
     kv_heads: int = 8,
     head_dim: int = 128,
-    intermediate_size: int,
+    intermediate_size: int | None = None,
+    moe: MoEConfig | None = None,
+    mtp: MTPConfig | None = None,
 ) -> ModelConfig:
     """A hybrid in the layout of Nemotron-H; defaults are the 8B's."""
     return ModelConfig(
@@ -45,7 +49,9 @@ def _hybrid(
             chunk_size=chunk_size,
         ),
         attention=AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim),
-        mlp=MLPConfig(intermediate_size, "relu2"),
+        mlp=None if intermediate_size is None else MLPConfig(intermediate_size, "relu2"),
+        moe=moe,
+        mtp=mtp,
     )
 
 
@@ -126,6 +132,71 @@ def nemotron_h_56b() -> ModelConfig:
         state_size=256,
         heads=64,
         intermediate_size=32768,
+    )
+
+
+def nemotron_3_tiny() -> ModelConfig:
+    """1.5M parameters, 0.9M of them active: Nemotron 3 with a latent width, in seconds on a CPU."""
+    return _hybrid(
+        "MEM*EME",
+        vocab_size=1024,
+        hidden_size=128,
+        mamba_heads=4,
+        mamba_head_dim=32,
+        state_size=32,
+        n_groups=2,
+        chunk_size=64,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        moe=MoEConfig(
+            num_experts=16,
+            top_k=4,
+            intermediate_size=128,
+            shared_intermediate_size=128,
+            scaling=2.5,
+            latent_size=64,
+        ),
+    )
+
+
+def nemotron_3_nano_30b_a3b() -> ModelConfig:
+    """nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B, 31.6B parameters, 3.6B active (arXiv 2512.20848)."""
+    return _hybrid(
+        "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        vocab_size=131072,
+        hidden_size=2688,
+        mamba_heads=64,
+        heads=32,
+        kv_heads=2,
+        moe=MoEConfig(
+            num_experts=128,
+            top_k=6,
+            intermediate_size=1856,
+            shared_intermediate_size=3712,
+            scaling=2.5,
+        ),
+    )
+
+
+def nemotron_3_super() -> ModelConfig:
+    """nvidia/NVIDIA-Nemotron-3-Super-120B-A12B, 120.7B parameters, 12.8B active without its prediction block (2604.12374)."""
+    return _hybrid(
+        "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+        vocab_size=131072,
+        hidden_size=4096,
+        mamba_heads=128,
+        heads=32,
+        kv_heads=2,
+        moe=MoEConfig(
+            num_experts=512,
+            top_k=22,
+            intermediate_size=2688,
+            shared_intermediate_size=5376,
+            scaling=5.0,
+            latent_size=1024,
+        ),
+        mtp=MTPConfig("*E", 1),
     )
 
 
@@ -388,6 +459,9 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
         nemotron_h_4b,
         nemotron_h_8b,
         nemotron_h_56b,
+        nemotron_3_tiny,
+        nemotron_3_nano_30b_a3b,
+        nemotron_3_super,
         mamba2_130m,
         mamba2_370m,
         mamba2_780m,

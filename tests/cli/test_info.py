@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxllm.cache.state import state_bytes
-from jaxllm.cli.model_parts import parameter_count, parts, per_token_state_bytes
+from jaxllm.cli.model_parts import active_parameter_count, parameter_count, parts, per_token_state_bytes
 from jaxllm.config import AttentionConfig, MambaConfig, MLPConfig, ModelConfig
 from jaxllm.model.functional import abstract_params
 from jaxllm.presets import preset
@@ -29,6 +29,24 @@ def test_parts_add_up_to_the_model(cfg):
     assert blocks.get("Mamba-2", 0) == cfg.pattern.count("M")
     assert blocks["norms"] == len(cfg.pattern) + 1
     assert any("transposed" in part.name for part in parts(cfg)) == cfg.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("nemotron-3-nano-30b-a3b", 31.578e9, 3.580e9), ("nemotron-3-super", 120.67e9, 12.77e9)],
+)
+def test_published_counts_of_experts(name, total, active):
+    """As the model cards have them: without prediction blocks, with both embedding tables."""
+    cfg = preset(name).replace(mtp=None)
+    assert parameter_count(cfg) == pytest.approx(total, rel=5e-4)
+    assert active_parameter_count(cfg) == pytest.approx(active, rel=5e-4)
+
+
+def test_active_parameters_are_shown_where_they_are_fewer(cli):
+    shown, cfg = cli("info", "nemotron-3-tiny"), preset("nemotron-3-tiny")
+    assert "active per token" in shown.out and f"{active_parameter_count(cfg):,}" in shown.out
+    assert "mixture of experts" in shown.out
+    assert "active" not in cli("info", "quickstart").out
 
 
 def test_json_has_the_models_own_figures(cli):

@@ -26,7 +26,8 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng([seed, FAMILIES.index(family)])
     pick = lambda *options: options[rng.integers(len(options))]  # noqa: E731
     experts = int(pick(4, 6, 8, 12))
-    top_k = int(rng.integers(1, 1 + min(4, experts)))
+    # With one expert, or all of them, some planted errors change nothing.
+    top_k = int(rng.integers(2, 1 + min(4, experts - 1)))
     width = int(pick(20, 28, 36))
     if family == "mixtral":
         return TRANSFORMER | {

@@ -164,7 +164,9 @@ def test_preset_shapes_are_those_of_transformers(name: str) -> None:
     data = hf.config_to_hf(cfg, family)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**data))
-    ours = {place.name: list(place.shape) for place in hf.tensor_names(cfg, family)}
+    # Prediction blocks are in the checkpoints, but not in transformers' class.
+    places = [place for place in hf.tensor_names(cfg, family) if not place.path.startswith("mtp.")]
+    ours = {place.name: list(place.shape) for place in places}
     assert ours == shapes(theirs)
 
 
@@ -172,6 +174,8 @@ def test_preset_shapes_are_those_of_transformers(name: str) -> None:
 PUBLISHED = {
     "nemotron_h_4b": 4.49e9,
     "nemotron_h_8b": 8.10e9,
+    "nemotron_3_nano_30b_a3b": 31.578e9,
+    "nemotron_3_super": 120.67e9,
     "llama_3_2_1b": 1.24e9,
     "llama_3_1_8b": 8.03e9,
     "qwen2_5_0_5b": 0.494e9,
@@ -184,5 +188,5 @@ PUBLISHED = {
 def test_published_parameter_counts(name: str) -> None:
     cfg = preset(name)
     places = hf.tensor_names(cfg, hf.choose_family(cfg))
-    count = sum(int(np.prod(place.shape)) for place in places)
+    count = sum(int(np.prod(place.shape)) for place in places if not place.path.startswith("mtp."))
     assert count == pytest.approx(PUBLISHED[name], rel=0.005)

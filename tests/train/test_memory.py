@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from jaxllm.config import AttentionConfig, GatedDeltaConfig, JetConfig
+from jaxllm.config import AttentionConfig, GatedDeltaConfig, JetConfig, MoEConfig
 from jaxllm.model.functional import abstract_params
 from jaxllm.train.flops import forward_flops_per_token, measured_peak, training_flops_per_token
 from jaxllm.train.memory import estimate_training_memory
@@ -91,6 +91,23 @@ def test_the_delta_rule_counts_states_and_triangles(letter, heads, dk, dv):
     assert long - short == (16 - 4) * per_token
     matrices = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)) if leaf.ndim == 2)
     assert short == 2 * matrices + 6 * heads * dk * dv + 4 * per_token
+
+
+def test_experts_count_as_many_as_a_token_meets():
+    moe = MoEConfig(num_experts=10, top_k=3, intermediate_size=20, shared_intermediate_size=8, latent_size=6)
+    cfg = tiny_config("E", moe=moe)
+    routed, shared, router, latent = 3 * 2 * 6 * 20, 2 * 16 * 8, 16 * 10, 2 * 16 * 6
+    assert forward_flops_per_token(cfg, 9) == 2 * (routed + shared + router + latent + 61 * 16)
+
+
+def test_the_estimate_of_experts_is_within_a_factor_of_the_compiler(optim):
+    cfg = tiny_config("*E*E", hidden_size=64, moe=MoEConfig(8, 2, 64, shared_intermediate_size=64))
+    compiled = (
+        make_train_step(cfg, optim).lower(abstract_state(cfg, optim), tiny_batch(8, 128), None).compile()
+    )
+    memory = estimate_training_memory(cfg, 8, 128)
+    ours = memory.gradients + memory.activations + memory.logits
+    assert 1 / 3 < ours / compiled.memory_analysis().temp_size_in_bytes < 3
 
 
 def test_peak_is_a_rate():
