@@ -122,11 +122,17 @@ def test_the_bias_evens_the_load_out() -> None:
 
 
 def test_a_bias_moves_against_its_load() -> None:
+    counts = jnp.array([[4, 1, 1], [2, 2, 2]])
     params = {"layers": {i: {"mixer": {"gate": {BIAS: jnp.zeros(3)}}} for i in (2, 10)}, "x": jnp.ones(2)}
-    moved = corrected(params, jnp.array([[4, 1, 1], [2, 2, 2]]), 0.5)
+    moved = corrected(params, "--E-------E", counts, 0.5)
     np.testing.assert_array_equal(moved["layers"][2]["mixer"]["gate"][BIAS], [-0.5, 0.5, 0.5])
     np.testing.assert_array_equal(moved["layers"][10]["mixer"]["gate"][BIAS], np.zeros(3))
     assert moved["x"] is params["x"]
+    stacked = {"groups": {0: {"blocks": {1: {"mixer": {"gate": {BIAS: jnp.zeros((2, 3))}}}}}}}
+    stacked = corrected(stacked, "*E*E", counts, 0.5)
+    np.testing.assert_array_equal(
+        stacked["groups"][0]["blocks"][1]["mixer"]["gate"][BIAS], [[-0.5, 0.5, 0.5], [0, 0, 0]]
+    )
     assert float(imbalance(jnp.array([[4, 1, 1], [2, 2, 2]]))) == 2.0
     assert float(imbalance(jnp.zeros((2, 3), jnp.int32))) == 0.0
 

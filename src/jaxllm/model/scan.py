@@ -87,8 +87,8 @@ class Group(nnx.Module):
         return h, [jax.tree.map(itemgetter(r), each) for r in range(self.repeats) for each in seen]
 
 
-def _layer_name(name: str, groups: Sequence[Span]) -> tuple[str, ...]:
-    """Names of the layers whose parameters are stacked under ``groups.1.blocks.0.norm.weight``."""
+def layer_names(name: str, groups: Sequence[Span]) -> tuple[str, ...]:
+    """In the order of the stack: names of the layers whose parameters are stacked under ``groups.1.blocks.0.norm.weight``."""
     _, group, _, place, rest = name.split(".", 4)
     span = groups[int(group)]
     return tuple(f"layers.{span.start + r * span.length + int(place)}.{rest}" for r in range(span.repeats))
@@ -99,7 +99,7 @@ def unstacked(params: dict[str, Any], pattern: str) -> dict[str, Any]:
     groups, out = groups_of(pattern), {}
     for name, leaf in params.items():
         if name.startswith("groups."):
-            out |= {layer: leaf[r] for r, layer in enumerate(_layer_name(name, groups))}
+            out |= {layer: leaf[r] for r, layer in enumerate(layer_names(name, groups))}
         else:
             out[name] = leaf
     return out
@@ -109,7 +109,7 @@ def stacked(params: dict[str, Any], names: Sequence[str], pattern: str) -> dict[
     """Inverse of :func:`unstacked`; ``names`` are those of the model with stacked groups."""
     groups = groups_of(pattern)
     return {
-        name: jnp.stack([params[layer] for layer in _layer_name(name, groups)])
+        name: jnp.stack([params[layer] for layer in layer_names(name, groups)])
         if name.startswith("groups.")
         else params[name]
         for name in names

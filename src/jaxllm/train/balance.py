@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig
-from jaxllm.model.functional import Params, flatten, map_named
+from jaxllm.model.functional import Params, map_named
+from jaxllm.model.scan import groups_of, layer_names
 
 BIAS = "e_score_correction_bias"
 SCOPES = ("sequence", "batch")
@@ -64,16 +65,30 @@ def trained(params: Params) -> Params:
     return map_named(lambda name, value: None if name.endswith(BIAS) else value, params)
 
 
-def corrected(params: Params, counts: Int[Array, "L E"], rate: float) -> Params:
-    """``params`` with every router's bias moved towards an even load; layers in the order of ``counts``."""
-    names = [name for name in flatten(params) if name.startswith("layers.") and name.endswith(BIAS)]
-    names.sort(key=lambda name: int(name.split(".")[1]))
-    if not names:
-        return params
-    n = counts.astype(jnp.float32)
+def corrected(params: Params, pattern: str, counts: Int[Array, "L E"], rate: Any) -> Params:
+    """``params`` with every router's bias moved towards an even load.
+
+    Args:
+        params: with one entry per layer, or with stacked groups.
+        pattern: of the model.
+        counts: of its ``E`` layers, in their order.
+        rate: of the move; a number or f32[].
+    """
+    n, groups = counts.astype(jnp.float32), groups_of(pattern)
     step = rate * jnp.sign(jnp.mean(n, axis=1, keepdims=True) - n)
-    moves = dict(zip(names, step, strict=True))
-    return map_named(lambda name, value: value + moves[name] if name in moves else value, params)
+    layers = [i for i, letter in enumerate(pattern) if letter == "E"]
+
+    def row(layer: str) -> int:
+        return layers.index(int(layer.split(".")[1]))
+
+    def move(name: str, value: Any) -> Any:
+        if not name.endswith(BIAS):
+            return value
+        if name.startswith("groups."):
+            return value + step[jnp.array([row(layer) for layer in layer_names(name, groups)])]
+        return value + step[row(name)] if name.startswith("layers.") else value
+
+    return map_named(move, params)
 
 
 def updated(params: Params, updates: Params, lr: Any) -> Params:

@@ -216,7 +216,6 @@ def apply_gradients(
     sums: LossSums,
     lr: Any,
     z_loss: float = 0.0,
-    bias_rate: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """Mean, clip, update; with a loss or gradient that is not finite, parameters and moments stay as they are."""
     weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
@@ -229,9 +228,6 @@ def apply_gradients(
     seen = balance.trained(state.params)
     updates, opt_state = make_optimizer(optim).update(balance.trained(grads), state.opt_state, seen)
     params = balance.updated(state.params, updates, lr)
-    routing = sums.routing
-    if routing is not None and bias_rate > 0:
-        params = balance.corrected(params, routing.counts, bias_rate)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -251,8 +247,8 @@ def apply_gradients(
         grad_norm=norm,
         lr=lr,
         mtp_loss=sums.mtp / weight,
-        balance_loss=None if routing is None else routing.balance / weight,
-        imbalance=None if routing is None else balance.imbalance(routing.counts),
+        balance_loss=None if sums.routing is None else sums.routing.balance / weight,
+        imbalance=None if sums.routing is None else balance.imbalance(sums.routing.counts),
         tokens=jnp.zeros((), jnp.int32),
         skipped=state.skipped,
         consecutive_skips=state.consecutive_skips,
@@ -301,7 +297,11 @@ def make_train_step(
         lr = learning_rate(optim, state.step) if plan is None else jnp.asarray(plan.lr, jnp.float32)
         grads, sums = gradients(cfg, state.params, batch, settings, rng)
         tokens = scored_tokens(batch)
-        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss, settings.bias_rate)
+        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
+        if sums.routing is not None and settings.bias_rate > 0:
+            rate = jnp.where(metrics.consecutive_skips > 0, 0.0, settings.bias_rate)
+            moved = balance.corrected(state.params, cfg.pattern, sums.routing.counts, rate)
+            state = state.replace(params=moved)
         return state, Metrics(**{**vars(metrics), "tokens": tokens})
 
     return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=out_shardings)
