@@ -15,6 +15,7 @@ IMPLEMENTATIONS = {
     "causal_conv.window": ("xla", "reference"),
     "dynamic_conv": ("xla", "reference"),
     "gated_delta": ("xla", "reference"),
+    "gated_delta.window": ("xla", "reference"),
     "grouped_matmul": ("xla", "reference"),
     "ssd": ("xla", "reference"),
     "ssd.window": ("xla", "reference"),

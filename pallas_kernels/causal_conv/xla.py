@@ -134,6 +134,7 @@ def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation
     padded = jnp.pad(x, ((0, 0), (k - 1, 0), (0, 0)))
     y, state = _shifted_sum(padded, weight, bias, segment_ids, T), initial_state
     if k > 1:
+        assert initial_state is not None
         first, length = extents(segment_ids, n)
         y = _open_documents(y, weight, segment_ids, initial_state, first)
         state = final_windows(x, initial_state, first, length)

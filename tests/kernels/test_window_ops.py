@@ -7,9 +7,13 @@ from hypothesis import strategies as st
 
 from pallas_kernels import tree
 from pallas_kernels.causal_conv.window import causal_conv_commit, causal_conv_window
+from pallas_kernels.dynamic_conv.window import dynamic_conv_window
+from pallas_kernels.gated_delta.window import Factors as DeltaFactors
+from pallas_kernels.gated_delta.window import gated_delta_commit, gated_delta_window
 from pallas_kernels.ssd.window import Factors, ssd_commit, ssd_window
 from tests.kernels.kernel_cases import close, normal, values
 from tests.kernels.test_causal_conv import by_hand as conv_by_hand
+from tests.kernels.test_gated_delta import by_hand as delta_by_hand
 from tests.kernels.test_ssd import by_hand as ssd_by_hand
 from tests.kernels.tree_cases import path_to, random_parents
 
@@ -183,3 +187,74 @@ def test_bad_scan_arguments_are_named(own_checks, change, message):
 def test_bad_convolution_arguments_are_named(own_checks, change, message):
     with pytest.raises(ValueError, match=message):
         causal_conv_window(**{**conv_arrays(0, LIVE), "ancestors": SEEN, **change})
+
+
+DK, DV, HV = 4, 3, 4
+
+
+def delta_arrays(seed: int, live: np.ndarray, heads: int) -> dict:
+    """Arguments of the delta rule, keys of at most unit length, writes up to 2; padding is huge."""
+    junk = np.where(live, 1, 1e30).astype(np.float32)
+    k = normal(seed, B, W, heads, DK)
+    return {
+        "q": normal(seed + 1, B, W, heads, DK) * junk[..., None, None],
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True) * junk[..., None, None],
+        "v": normal(seed, B, W, HV, DV) * junk[..., None, None],
+        "g": -np.logaddexp(0, normal(seed, B, W, HV)) * junk[..., None],
+        "beta": 2 / (1 + np.exp(-normal(seed + 1, B, W, HV))) * junk[..., None],
+        "initial_state": normal(seed, B, HV, DK, DV),
+    }
+
+
+def delta_along(a: dict, row: int, path: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and state of the recurrence over one path."""
+    inputs = (a[name][row, path] for name in ("q", "k", "v", "g", "beta"))
+    return delta_by_hand(*inputs, a["initial_state"][row])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("heads", [2, HV])
+@given(seed=SEEDS)
+def test_every_node_is_the_delta_rule_over_its_path(implementation, heads, seed):
+    parents, live, seen = trees(seed)
+    a = delta_arrays(seed, live, heads)
+    o, factors = values(gated_delta_window, {**a, "ancestors": seen}, implementation=implementation)
+    for b, i in np.argwhere(live):
+        close(o[b, i], delta_along(a, b, path_to(parents[b], live[b], i))[0][-1], 2e-5)
+    assert not o[~live].any() and not any(leaf[~live].any() for leaf in factors[:2])
+
+
+def commit_delta(k, write, decay, accepted, initial_state):
+    return gated_delta_commit(DeltaFactors(k, write, decay), accepted, initial_state)
+
+
+@given(seed=SEEDS)
+def test_a_committed_path_leaves_the_matrix_of_its_last_token(seed):
+    parents, live, seen = trees(seed)
+    a = delta_arrays(seed, live, 2)
+    _, factors = values(gated_delta_window, {**a, "ancestors": seen})
+    rng = np.random.default_rng(seed)
+    ends = [rng.choice(np.flatnonzero(row)) if row.any() else None for row in live]
+    ends[1] = None
+    paths = [[] if end is None else path_to(parents[b], live[b], end) for b, end in enumerate(ends)]
+    arrays = {**factors._asdict(), "accepted": accept(paths), "initial_state": a["initial_state"]}
+    state = values(commit_delta, arrays)
+    for b, path in enumerate(paths):
+        if path:
+            close(state[b], delta_along(a, b, path)[1], 2e-5)
+        else:
+            np.testing.assert_array_equal(state[b].view(np.int32), a["initial_state"][b].view(np.int32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@given(seed=SEEDS)
+def test_every_node_is_convolved_with_its_own_kernel(implementation, seed):
+    """With one kernel for all nodes it is the static convolution; with several, each node has its own."""
+    _, live, seen = trees(seed)
+    a = conv_arrays(seed, live)
+    kernels = normal(seed + 2, B, W, k, D)
+    shared = {"x": a["x"], "ancestors": seen, "initial_state": a["initial_state"]}
+    y = values(dynamic_conv_window, {**shared, "kernels": kernels}, implementation=implementation)
+    for b, i in np.argwhere(live):
+        alone = values(causal_conv_window, {**shared, "weight": kernels[b, i]}, implementation="reference")
+        close(y[b, i], alone[b, i], 5e-6)

@@ -28,7 +28,13 @@ from tests.model.window_cases import (
 )
 
 # Model, page size, and if the rows name their slots.
-CASES = [("mixed", None, False), ("mixed", 4, True), ("mamba", None, True), ("attention", 8, False)]
+CASES = [
+    ("mixed", None, False),
+    ("mixed", 4, True),
+    ("mamba", None, True),
+    ("delta", None, True),
+    ("attention", 8, False),
+]
 SEEDS = st.integers(0, 2**31 - 1)
 TOLERANCE = 1e-5
 

@@ -9,7 +9,16 @@ import numpy as np
 
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import Cache, KVCache, init_cache, zero_slots
-from jaxllm.config import AttentionConfig, MambaConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
+from jaxllm.config import (
+    AttentionConfig,
+    GatedDeltaConfig,
+    JetConfig,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from jaxllm.model import functional
 
 SLOTS, ROWS, CAPACITY, W, VOCAB = 4, 3, 32, 6, 37
@@ -25,6 +34,10 @@ def model(pattern: str, rope: bool, groups: int) -> ModelConfig:
             num_heads=4, num_kv_heads=2, head_dim=4, window=5, rope=RopeConfig() if rope else None
         ),
         mlp=MLPConfig(16),
+        delta=GatedDeltaConfig(
+            num_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=6, chunk_size=4
+        ),
+        jet=JetConfig(num_heads=2, key_head_dim=4, value_head_dim=8, chunk_size=4),
         # Every expert is chosen: a choice would turn a difference in the last bit into another output.
         moe=MoEConfig(num_experts=2, top_k=2, intermediate_size=8),
         init_std=0.2,
@@ -35,6 +48,7 @@ MODELS = {
     "mixed": model("M*-WE", True, 1),
     "mamba": model("MM", False, 2),
     "attention": model("W-*", False, 1),
+    "delta": model("GJ", False, 1),
 }
 
 

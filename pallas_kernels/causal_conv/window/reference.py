@@ -13,6 +13,7 @@ def supports(*_args, **_options) -> str | None:
 
 
 def run(x, weight, *, ancestors, initial_state):
+    """``weight`` [k, D], or [B, W, k, D] where every node has a kernel of its own."""
     rows, W, D = x.shape
     x = x.astype(jnp.float32)
 
@@ -24,6 +25,6 @@ def run(x, weight, *, ancestors, initial_state):
         return jnp.where(ancestors[at, :, j][:, :, None, None], shifted, taps), None
 
     start = jnp.pad(initial_state.astype(jnp.float32), ((0, 0), (1, 0), (0, 0)))
-    start = jnp.broadcast_to(start[:, None], (rows, W, len(weight), D))
+    start = jnp.broadcast_to(start[:, None], (rows, W, weight.shape[-2], D))
     taps, _ = jax.lax.scan(step, start, jnp.argsort(depths(ancestors), axis=1).T)
     return jnp.sum(weight * taps, axis=2)

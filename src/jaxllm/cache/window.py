@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.batch import Leaf, PackedBatch
-from jaxllm.cache.state import AttentionState, MambaState, read_kv
+from jaxllm.cache.state import AttentionState, DeltaState, MambaState, read_kv
 from pallas_kernels import tree
 
 
@@ -36,6 +36,18 @@ class MambaWindow:
     :class:`pallas_kernels.ssd.window.Factors`."""
 
     state: MambaState
+    batch: PackedBatch
+    inputs: Leaf
+    factors: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeltaWindow:
+    """``state`` before the window, the window itself, the convolution's raw inputs [B, W, C] and the delta rule's
+    :class:`pallas_kernels.gated_delta.window.Factors`."""
+
+    state: DeltaState
     batch: PackedBatch
     inputs: Leaf
     factors: Any

@@ -3,13 +3,17 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.axes import AnyAxis
 from jaxllm.batch import PackedBatch
+from jaxllm.cache.state import DeltaState, read_rows, write_rows
+from jaxllm.cache.window import DeltaWindow, accepted_nodes, window_ancestors
 from jaxllm.linear import Context
 from jaxllm.model.layers import parameter
+from pallas_kernels.causal_conv.window import causal_conv_commit
 from pallas_kernels.gated_delta import gated_delta
+from pallas_kernels.gated_delta.window import Factors, gated_delta_commit, gated_delta_window
 
 UNIT_EPS = 1e-6
 
@@ -51,6 +55,40 @@ def delta_rule(
         chunk_size=chunk_size,
         operand_dtype=ctx.precision.operand,
         implementation=ctx.implementation,
+    )
+
+
+def delta_rule_window(
+    q: Float[Array, "B W H dk"],
+    k: Float[Array, "B W H dk"],
+    v: Float[Array, "B W Hv dv"],
+    g: Float[Array, "B W Hv"],
+    beta: Float[Array, "B W Hv"],
+    ancestors: Bool[Array, "B W W"],
+    state: Float[Array, "B Hv dk dv"],
+    ctx: Context,
+) -> tuple[Float[Array, "B W Hv dv"], Factors]:
+    """:func:`delta_rule` along the path to every node of a window."""
+    return gated_delta_window(
+        unit(q) * q.shape[-1] ** -0.5,
+        unit(k),
+        v,
+        g,
+        beta.astype(jnp.float32),
+        ancestors=ancestors,
+        initial_state=state,
+        implementation=ctx.implementation,
+    )
+
+
+def commit(window: DeltaWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> DeltaState:
+    """The slot's states after each row's first ``n`` nodes of ``path``."""
+    state, batch = window.state, window.batch
+    accepted, ancestors = accepted_nodes(batch, path, n), window_ancestors(batch)
+    conv = causal_conv_commit(window.inputs, ancestors, accepted, read_rows(state.conv, batch)[:, 0])
+    matrix = gated_delta_commit(window.factors, accepted, read_rows(state.matrix, batch)[:, 0])
+    return DeltaState(
+        write_rows(state.conv, batch, conv[:, None]), write_rows(state.matrix, batch, matrix[:, None])
     )
 
 

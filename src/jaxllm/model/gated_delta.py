@@ -5,17 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axis, Concat, Product
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import DeltaState, read_rows, write_rows
+from jaxllm.cache.window import DeltaWindow, window_ancestors
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
-from jaxllm.model.delta import HeadNorm, delta_rule, log_decay
+from jaxllm.model.delta import HeadNorm, commit, delta_rule, delta_rule_window, log_decay
 from jaxllm.model.initial import a_log, dt_bias
 from jaxllm.model.layers import Linear, parameter
 from pallas_kernels.causal_conv import causal_conv
+from pallas_kernels.causal_conv.window import causal_conv_window
 
 # Below Qwen3-Next's own 0.01 nothing is gained, and the logarithm of 0 is not a number to train.
 A_MIN = 0.01
@@ -64,10 +66,7 @@ class GatedDelta(nnx.Module):
         self, u: Array, batch: PackedBatch, ctx: Context, conv: Array | None, matrix: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         """(y, new conv state, new matrix); states are [B, n, ...] per segment, None in training."""
-        d = self.cfg
-        rows, length = batch.shape
         qkv, z = self.in_axis.split(self.in_proj(u, ctx))
-        beta, decay = self.gate_axis.split(self.gate_proj(u, ctx))
         qkv, conv = causal_conv(
             qkv,
             self.conv_weight[...].astype(qkv.dtype),
@@ -75,21 +74,25 @@ class GatedDelta(nnx.Module):
             initial_state=conv,
             implementation=ctx.implementation,
         )
+        o, matrix = delta_rule(*self._rule_inputs(u, qkv, ctx), batch, matrix, self.cfg.chunk_size, ctx)
+        return self._out(o, z, ctx), conv, matrix
+
+    def _rule_inputs(self, u: Array, qkv: Array, ctx: Context) -> tuple[Array, Array, Array, Array, Array]:
+        """q, k, v, g, beta as the delta rule takes them."""
+        d, leading = self.cfg, u.shape[:2]
+        beta, decay = self.gate_axis.split(self.gate_proj(u, ctx))
         q, k, v = self.conv_axis.split(qkv)
-        beta = jax.nn.sigmoid(beta) * (2 if d.allow_neg_eigval else 1)
-        o, matrix = delta_rule(
-            q.reshape(rows, length, d.num_heads, d.key_head_dim),
-            k.reshape(rows, length, d.num_heads, d.key_head_dim),
-            v.reshape(rows, length, d.value_heads, d.value_head_dim),
+        return (
+            q.reshape(*leading, d.num_heads, d.key_head_dim),
+            k.reshape(*leading, d.num_heads, d.key_head_dim),
+            v.reshape(*leading, d.value_heads, d.value_head_dim),
             log_decay(decay, self.A_log[...], self.dt_bias[...]),
-            beta,
-            batch,
-            matrix,
-            d.chunk_size,
-            ctx,
+            jax.nn.sigmoid(beta) * (2 if d.allow_neg_eigval else 1),
         )
+
+    def _out(self, o: Array, z: Array, ctx: Context) -> Array:
         o = self.norm(o, z.reshape(o.shape))
-        return self.out_proj(o.reshape(rows, length, d.value_size), ctx), conv, matrix
+        return self.out_proj(o.reshape(*z.shape[:2], self.cfg.value_size), ctx)
 
     def __call__(
         self, x: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
@@ -106,3 +109,24 @@ class GatedDelta(nnx.Module):
         y, conv, matrix = self._mix(x, batch, ctx, *kept)
         assert conv is not None and matrix is not None
         return y, DeltaState(write_rows(state.conv, batch, conv), write_rows(state.matrix, batch, matrix)), {}
+
+    def window(
+        self, x: Float[Array, "B W D"], batch: PackedBatch, state: DeltaState, ctx: Context
+    ) -> tuple[Float[Array, "B W D"], DeltaWindow, dict[str, Any]]:
+        """Convolution and delta rule along the path to each node, from the slot's state."""
+        ancestors = window_ancestors(batch)
+        inputs, z = self.in_axis.split(self.in_proj(x, ctx))
+        qkv = causal_conv_window(
+            inputs,
+            self.conv_weight[...].astype(inputs.dtype),
+            ancestors=ancestors,
+            initial_state=read_rows(state.conv, batch)[:, 0],
+            implementation=ctx.implementation,
+        )
+        kept = read_rows(state.matrix, batch)[:, 0]
+        o, factors = delta_rule_window(*self._rule_inputs(x, qkv, ctx), ancestors, kept, ctx)
+        return self._out(o, z, ctx), DeltaWindow(state, batch, inputs, factors), {}
+
+    def commit(self, window: DeltaWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> DeltaState:
+        """The slot's states after each row's first ``n`` nodes of ``path``."""
+        return commit(window, path, n)

@@ -5,17 +5,19 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axis, Product
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import DeltaState, read_rows, write_rows
+from jaxllm.cache.window import DeltaWindow, window_ancestors
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
-from jaxllm.model.delta import HeadNorm, delta_rule, log_decay
+from jaxllm.model.delta import HeadNorm, commit, delta_rule, delta_rule_window, log_decay
 from jaxllm.model.initial import a_log, dt_bias
 from jaxllm.model.layers import Linear, parameter
 from pallas_kernels.dynamic_conv import dynamic_conv
+from pallas_kernels.dynamic_conv.window import dynamic_conv_window
 
 # The published range of A starts at 0, whose logarithm is not a number to train.
 A_MIN = 1e-4
@@ -76,9 +78,6 @@ class Jet(nnx.Module):
         self, x: Array, batch: PackedBatch, ctx: Context, conv: Array | None, matrix: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         """(y, new conv state, new matrix); states are [B, n, ...] per segment, None in training."""
-        j = self.cfg
-        rows, length = batch.shape
-        q, k = (jax.nn.silu(project(x, ctx)) for project in (self.q_proj, self.k_proj))
         v, conv = dynamic_conv(
             self.v_proj(x, ctx),
             self.generator(x, ctx),
@@ -86,19 +85,27 @@ class Jet(nnx.Module):
             initial_state=conv,
             implementation=ctx.implementation,
         )
-        o, matrix = delta_rule(
-            q.reshape(rows, length, j.num_heads, j.key_head_dim),
-            k.reshape(rows, length, j.num_heads, j.key_head_dim),
-            v.reshape(rows, length, j.num_heads, j.value_head_dim),
+        o, matrix = delta_rule(*self._rule_inputs(x, v, ctx), batch, matrix, self.cfg.chunk_size, ctx)
+        return self._out(o, x, ctx), conv, matrix
+
+    def _rule_inputs(self, x: Array, v: Array, ctx: Context) -> tuple[Array, Array, Array, Array, Array]:
+        """q, k, v, g, beta as the delta rule takes them."""
+        j, leading = self.cfg, x.shape[:2]
+        q, k = (
+            jax.nn.silu(project(x, ctx)).reshape(*leading, j.num_heads, j.key_head_dim)
+            for project in (self.q_proj, self.k_proj)
+        )
+        return (
+            q,
+            k,
+            v.reshape(*leading, j.num_heads, j.value_head_dim),
             log_decay(self.a_proj(x, ctx), self.A_log[...], self.dt_bias[...]),
             jax.nn.sigmoid(self.b_proj(x, ctx)),
-            batch,
-            matrix,
-            j.chunk_size,
-            ctx,
         )
+
+    def _out(self, o: Array, x: Array, ctx: Context) -> Array:
         o = self.o_norm(o, self.g_proj(x, ctx).reshape(o.shape))
-        return self.o_proj(o.reshape(rows, length, j.value_size), ctx), conv, matrix
+        return self.o_proj(o.reshape(*x.shape[:2], self.cfg.value_size), ctx)
 
     def __call__(
         self, x: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
@@ -115,3 +122,23 @@ class Jet(nnx.Module):
         y, conv, matrix = self._mix(x, batch, ctx, *kept)
         assert conv is not None and matrix is not None
         return y, DeltaState(write_rows(state.conv, batch, conv), write_rows(state.matrix, batch, matrix)), {}
+
+    def window(
+        self, x: Float[Array, "B W D"], batch: PackedBatch, state: DeltaState, ctx: Context
+    ) -> tuple[Float[Array, "B W D"], DeltaWindow, dict[str, Any]]:
+        """Convolution and delta rule along the path to each node, from the slot's state."""
+        ancestors, inputs = window_ancestors(batch), self.v_proj(x, ctx)
+        v = dynamic_conv_window(
+            inputs,
+            self.generator(x, ctx),
+            ancestors=ancestors,
+            initial_state=read_rows(state.conv, batch)[:, 0],
+            implementation=ctx.implementation,
+        )
+        kept = read_rows(state.matrix, batch)[:, 0]
+        o, factors = delta_rule_window(*self._rule_inputs(x, v, ctx), ancestors, kept, ctx)
+        return self._out(o, x, ctx), DeltaWindow(state, batch, inputs, factors), {}
+
+    def commit(self, window: DeltaWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> DeltaState:
+        """The slot's states after each row's first ``n`` nodes of ``path``."""
+        return commit(window, path, n)
