@@ -83,9 +83,9 @@ def _factors(q, k, v, g, beta, ids, product):
     T = unit_lower_inverse(jnp.where(strict, beta[..., None] * overlap * pair, 0))
     U = product("cbheij,cbhejv->cbheiv", T * beta[..., None, :], v)
     W = product("cbheij,cbhjk->cbheik", T * (beta * out)[..., None, :], k)
-    k, q = k[:, :, :, None], q[:, :, :, None]
-    scores = product("cbhik,cbhjk->cbhij", q[:, :, :, 0], k[:, :, :, 0])[:, :, :, None] * pair
-    return jnp.concatenate([W, out[..., None] * q], axis=-2), U, into[..., None] * k, decay, scores
+    scores = product("cbhik,cbhjk->cbhij", q, k)[:, :, :, None] * pair
+    reads = jnp.concatenate([W, out[..., None] * q[:, :, :, None]], axis=-2)
+    return reads, U, into[..., None] * k[:, :, :, None], decay, scores
 
 
 def _chunked(q, k, v, g, beta, ids, start, aligned, Q, dtype):
