@@ -137,5 +137,6 @@ def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation
         assert initial_state is not None
         first, length = extents(segment_ids, n)
         y = _open_documents(y, weight, segment_ids, initial_state, first)
+        assert initial_state is not None
         state = final_windows(x, initial_state, first, length)
     return _activate(y, activation).astype(x.dtype), state
