@@ -130,11 +130,39 @@ def compile_time(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=[3, 4])}\nMeasured ahead of time, without weights, on: {where}.\n"
 
 
+def moe(data: dict[str, Any]) -> str:
+    """What bench/moe.py wrote: milliseconds, and this library's time against the others'."""
+    names = ("jaxllm", "ragged_dot", "dense", "transformers", "ideal")
+    lines = [
+        (
+            number(r["tokens"], 0),
+            number(r["experts"], 0),
+            r["mode"],
+            *(number(None if n not in r["seconds"] else r["seconds"][n] * 1e3, 2) for n in names),
+        )
+        for r in data["results"]
+    ]
+    header = (
+        "tokens",
+        "experts",
+        "pass",
+        "jaxllm",
+        "`lax.ragged_dot`",
+        "every expert",
+        "transformers",
+        "one product",
+    )
+    shape = f"width {data['width']}, experts of {data['expert_width']}, top {data['results'][0]['top_k']}, float32"
+    where = f"{data['device']}, {data['cores']} cores, JAX {data['jax']}; medians of interleaved runs"
+    return f"{markdown(header, lines, right=[0, 1, *range(3, 8)])}\nMilliseconds; {shape}. Measured on: {where}.\n"
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": quickstart,
     "benchmark": benchmark,
     "kernels": kernels,
     "compile_time": compile_time,
+    "moe": moe,
 }
 
 
