@@ -47,3 +47,17 @@ def seed() -> int:
     value = commit_seed()
     print(f"seed {value}")
     return value
+
+
+# Of the 65,530 memory maps that Linux allows a process: every compiled program takes some, and past the limit the next
+# one ends the process with a segmentation fault.
+_MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Forgets compiled programs between modules when there are many; the persistent cache has them."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
