@@ -56,7 +56,7 @@ def alone(p: Any, tokens: Any, length: Any, blocks: int) -> Any:
     for depth in range(DEPTHS + 1):
         if depth:
             read = PackedBatch.from_rows(jnp.roll(tokens, -depth)[None], lengths=length[None] - depth)
-            h = model.predict(h, read, depth=depth)
+            h, _ = model.predict(h, read, depth=depth)
         log_p = jax.nn.log_softmax(model.head(h)[0])
         picked = jnp.take_along_axis(log_p, jnp.roll(tokens, -depth - 1)[:, None], axis=1)[:, 0]
         nats.append(-jnp.sum(jnp.where(index < length - depth - 1, picked, 0)))
@@ -123,7 +123,7 @@ def test_a_draft_is_one_position_without_context() -> None:
 
     @jax.jit
     def predict(p: Any, h: Any, batch: PackedBatch) -> Any:
-        return merge(CFG, p).predict(h, batch)
+        return merge(CFG, p).predict(h, batch)[0]
 
     h = jnp.asarray(np.random.default_rng(5).standard_normal((1, 3, CFG.hidden_size)), jnp.float32)
     read = PackedBatch.from_rows(np.array([[9, 4, 7]]))

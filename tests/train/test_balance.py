@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import ConfigError, MoEConfig
+from jaxllm.config import ConfigError, MoEConfig, MTPConfig
 from jaxllm.model.functional import flatten, init_params, map_named, merge
 from jaxllm.model.moe import balance as balance_of
 from jaxllm.train.balance import BIAS, corrected, imbalance
@@ -122,19 +122,68 @@ def test_the_bias_evens_the_load_out() -> None:
 
 
 def test_a_bias_moves_against_its_load() -> None:
-    counts = jnp.array([[4, 1, 1], [2, 2, 2]])
+    counts, three = jnp.array([[4, 1, 1], [2, 2, 2]]), MoEConfig(3, 1, 4)
     params = {"layers": {i: {"mixer": {"gate": {BIAS: jnp.zeros(3)}}} for i in (2, 10)}, "x": jnp.ones(2)}
-    moved = corrected(params, "--E-------E", counts, 0.5)
+    moved = corrected(params, tiny_config("--E-------E", moe=three), counts, 0.5)
     np.testing.assert_array_equal(moved["layers"][2]["mixer"]["gate"][BIAS], [-0.5, 0.5, 0.5])
     np.testing.assert_array_equal(moved["layers"][10]["mixer"]["gate"][BIAS], np.zeros(3))
     assert moved["x"] is params["x"]
     stacked = {"groups": {0: {"blocks": {1: {"mixer": {"gate": {BIAS: jnp.zeros((2, 3))}}}}}}}
-    stacked = corrected(stacked, "*E*E", counts, 0.5)
+    stacked = corrected(stacked, tiny_config("*E*E", moe=three), counts, 0.5)
     np.testing.assert_array_equal(
         stacked["groups"][0]["blocks"][1]["mixer"]["gate"][BIAS], [[-0.5, 0.5, 0.5], [0, 0, 0]]
     )
     assert float(imbalance(jnp.array([[4, 1, 1], [2, 2, 2]]))) == 2.0
     assert float(imbalance(jnp.zeros((2, 3), jnp.int32))) == 0.0
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_experts_of_prediction_blocks_are_balanced_too(blocks: int) -> None:
+    """A single block serves both depths, and its load is that of both; two blocks have one each."""
+    cfg = tiny_config("-E", moe=MoEConfig(4, 1, 8), mtp=MTPConfig("E", blocks))
+    start, batch = biased(init_state(cfg, OPTIM)), deeper(tiny_batch(rows=3))
+    before, tap = copied(start), frozenset({"expert_counts"})
+
+    @jax.jit
+    def loads(params: Any, batch: Any) -> Any:
+        model = merge(cfg, params)
+        ctx = model.context(taps=tap)
+        h, aux = model.hidden(batch, ctx)
+        counts = [aux["expert_counts"][0]]
+        for depth in (1, 2):
+            tokens = batch.targets[..., depth - 1]
+            read = batch.replace(
+                tokens=jnp.maximum(tokens, 0), segment_ids=jnp.where(tokens < 0, 0, batch.segment_ids)
+            )
+            h, aux = model.predict(h, read, ctx, depth=depth)
+            counts.append(aux["expert_counts"][0])
+        return counts
+
+    main, first, second = map(np.asarray, loads(before.params, batch))
+    wanted = [main, first + second] if blocks == 1 else [main, first, second]
+    settings = StepSettings(mtp_depths=2, bias_rate=0.01)
+    state, metrics = make_train_step(cfg, OPTIM, settings)(start, batch, None)
+    old, new = flatten(before.params), flatten(state.params)
+    names = ["layers.1", *(f"mtp.{block}.layers.0" for block in range(blocks))]
+    for name, n in zip(names, wanted, strict=True):
+        bias = f"{name}.mixer.gate.{BIAS}"
+        np.testing.assert_allclose(
+            new[bias] - old[bias], 0.01 * np.sign(n.mean() - n), atol=1e-6, err_msg=name
+        )
+    loads_of = np.stack(wanted)
+    np.testing.assert_allclose(metrics.imbalance, (loads_of.max(1) / loads_of.mean(1)).max(), rtol=1e-6)
+    assert 0.9 * (1 + blocks) < float(metrics.balance_loss)
+
+
+def deeper(batch: Any) -> Any:
+    """The batch with targets three steps ahead, none across documents."""
+    targets = [np.asarray(batch.targets[..., 0])]
+    for _ in range(2):
+        ahead = np.roll(targets[-1], -1, axis=1)
+        ahead[:, -1] = -1
+        targets.append(np.where(targets[0] < 0, -1, ahead).astype(np.int32))
+    arrays = jax.tree.map(jnp.asarray, batch)
+    return arrays.replace(targets=jnp.asarray(np.stack(targets, axis=-1)))
 
 
 def test_resumed_is_uninterrupted_and_the_load_is_logged_and_drawn(tmp_path: Path) -> None:

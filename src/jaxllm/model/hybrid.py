@@ -143,8 +143,10 @@ class HybridLM(nnx.Module):
 
     def predict(
         self, h: Float[Array, "B T D"], batch: PackedBatch, ctx: Context | None = None, *, depth: int = 1
-    ) -> Float[Array, "B T D"]:
-        """Hidden states of the next prediction depth; ``head`` gives the logits of the token after ``batch.tokens``.
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Hidden states of the next prediction depth, and taps of its block as in :meth:`hidden`.
+
+        ``head`` gives the logits of the token after ``batch.tokens``.
 
         In training ``batch`` holds the tokens ``depth`` steps ahead. A draft is the same call on one token per row,
         the one that was sampled last, with the hidden state that it was sampled from: it sees no other position.
@@ -165,7 +167,8 @@ class HybridLM(nnx.Module):
         assert self.mtp is not None
         ctx = ctx or self.context()
         block = self.mtp[0 if blocks == 1 else depth - 1]
-        return block(h, self.embed(batch.tokens, ctx), batch, ctx)[0]
+        h, states, reports = block(h, self.embed(batch.tokens, ctx), batch, ctx)
+        return h, _collect(ctx, states, reports)
 
     def window(
         self, batch: PackedBatch, cache: Cache, ctx: Context | None = None

@@ -37,8 +37,8 @@ class MTP(nnx.Module):
 
     def __call__(
         self, h: Float[Array, "B T D"], e: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
-    ) -> tuple[Float[Array, "B T D"], list[dict[str, Any]]]:
-        """The next depth's hidden states, normed, and what each sub-block reports.
+    ) -> tuple[Float[Array, "B T D"], list[Array], list[dict[str, Any]]]:
+        """The next depth's hidden states, normed; the residual states, and what each sub-block reports.
 
         Args:
             h: hidden states of the depth before, normed.
@@ -47,8 +47,9 @@ class MTP(nnx.Module):
             ctx: as everywhere.
         """
         u = self.eh_proj(jnp.concatenate([self.enorm(e), self.hnorm(h)], axis=-1), ctx)
-        reports = []
+        states, reports = [u], []
         for block in self.layers:
             u, aux = block(u, batch, ctx)
+            states.append(u)
             reports.append(aux)
-        return self.final_layernorm(u), reports
+        return self.final_layernorm(u), states, reports

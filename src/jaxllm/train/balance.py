@@ -5,6 +5,7 @@ whole batch that chose each expert (arXiv 2408.15664). It is a parameter of the 
 no gradient, no moments and no decay.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ class Routing(NamedTuple):
     """Sums over a batch of what the routers did.
 
     Attributes:
-        counts: i32[layers, E]; tokens that chose each expert.
+        counts: i32[layers, E]; tokens that chose each expert, in the order of ``cfg.letters``: prediction blocks last.
         balance: f32[]; balance loss of each row times the row's weight, summed over rows and layers.
     """
 
@@ -32,9 +33,9 @@ class Routing(NamedTuple):
     balance: Array
 
 
-def taps(cfg: ModelConfig, scope: str) -> frozenset[str]:
-    """What to ask the layers for; nothing of a model without experts."""
-    return frozenset({"expert_counts", f"balance_{scope}"} if "E" in cfg.pattern else ())
+def taps(pattern: str, scope: str) -> frozenset[str]:
+    """What to ask the layers of a pattern for; nothing where none has experts."""
+    return frozenset({"expert_counts", f"balance_{scope}"} if "E" in pattern else ())
 
 
 def routing(aux: dict[str, Any], weights: Float[Array, " B"]) -> Routing | None:
@@ -46,6 +47,24 @@ def routing(aux: dict[str, Any], weights: Float[Array, " B"]) -> Routing | None:
     else:
         total = jnp.sum(aux["balance_batch"]) * jnp.sum(weights)
     return Routing(aux["expert_counts"], total)
+
+
+def joined(main: Routing | None, depths: Sequence[Routing | None], blocks: int) -> Routing | None:
+    """Routing of a model and its prediction blocks.
+
+    Args:
+        main: of the model's own layers.
+        depths: of each prediction depth.
+        blocks: prediction blocks; a single one serves all depths, whose tokens and mean loss are then its own.
+    """
+    found = [depth for depth in depths if depth is not None]
+    if not found:
+        return main
+    counts = [depth.counts for depth in found]
+    counts = [sum(counts[1:], counts[0])] if blocks == 1 else counts
+    balance = sum((depth.balance for depth in found[1:]), found[0].balance) * (blocks / len(found))
+    parts = ([] if main is None else [main.counts]) + counts
+    return Routing(jnp.concatenate(parts), balance if main is None else main.balance + balance)
 
 
 def row_weights(batch: PackedBatch) -> Float[Array, " B"]:
@@ -65,28 +84,31 @@ def trained(params: Params) -> Params:
     return map_named(lambda name, value: None if name.endswith(BIAS) else value, params)
 
 
-def corrected(params: Params, pattern: str, counts: Int[Array, "L E"], rate: Any) -> Params:
+def corrected(params: Params, cfg: ModelConfig, counts: Int[Array, "L E"], rate: Any) -> Params:
     """``params`` with every router's bias moved towards an even load.
 
     Args:
         params: with one entry per layer, or with stacked groups.
-        pattern: of the model.
-        counts: of its ``E`` layers, in their order.
+        cfg: the model.
+        counts: of its ``E`` layers, in the order of ``cfg.letters``.
         rate: of the move; a number or f32[].
     """
-    n, groups = counts.astype(jnp.float32), groups_of(pattern)
+    n, groups = counts.astype(jnp.float32), groups_of(cfg.pattern)
     step = rate * jnp.sign(jnp.mean(n, axis=1, keepdims=True) - n)
-    layers = [i for i, letter in enumerate(pattern) if letter == "E"]
+    layers = [i for i, letter in enumerate(cfg.letters) if letter == "E"]
+    inner = 0 if cfg.mtp is None else len(cfg.mtp.pattern)
 
     def row(layer: str) -> int:
-        return layers.index(int(layer.split(".")[1]))
+        kind, number, *rest = layer.split(".")
+        place = int(number) if kind == "layers" else len(cfg.pattern) + int(number) * inner + int(rest[1])
+        return layers.index(place)
 
     def move(name: str, value: Any) -> Any:
         if not name.endswith(BIAS):
             return value
         if name.startswith("groups."):
             return value + step[jnp.array([row(layer) for layer in layer_names(name, groups)])]
-        return value + step[row(name)] if name.startswith("layers.") else value
+        return value + step[row(name)]
 
     return map_named(move, params)
 

@@ -34,22 +34,24 @@ def prediction_loss(
     score: Score,
     first: LossSums,
     depths: int,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> tuple[Float[Array, ""], Float[Array, ""], list[dict[str, Any]]]:
     """Mean over the depths of their summed losses, each scaled to the weight of the main one (arXiv 2512.20856).
 
     Args:
         model: has prediction blocks.
         h: final hidden states of the model.
         batch: ``targets`` of 1 + ``depths`` steps ahead; depth k reads target k and is scored on target k + 1.
-        ctx: as in the forward pass.
+        ctx: as in the forward pass; its taps are those of the prediction blocks.
         score: ``(h, targets, loss_mask) -> (objective, sums)`` of the head.
         first: sums of the main loss.
         depths: K.
 
     Returns:
-        (objective, nats), both summed over tokens; the second without a z-loss and without a gradient.
+        (objective, nats), both summed over tokens, the second without a z-loss and without a gradient; and what the
+        taps gave at each depth.
     """
     objective = nats = jnp.zeros((), jnp.float32)
+    reports = []
     for depth in range(1, depths + 1):
         tokens = batch.targets[..., depth - 1]
         known = (tokens >= 0) & (batch.segment_ids > 0)
@@ -59,7 +61,8 @@ def prediction_loss(
             segment_ids=jnp.where(known, batch.segment_ids, 0),
             positions=batch.positions,
         )
-        h = _predict(model, h, read, ctx, depth)
+        h, aux = _predict(model, h, read, ctx, depth)
+        reports.append(aux)
         mask: Any = batch.loss_mask
         if mask is not None:
             mask = ahead(mask, batch.segment_ids, depth)
@@ -68,9 +71,9 @@ def prediction_loss(
             first.weight / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny) / depths
         )
         objective, nats = objective + scale * value, nats + scale * sums.nats
-    return objective, nats
+    return objective, nats, reports
 
 
-def _predict(model: HybridLM, h: Array, batch: PackedBatch, ctx: Context, depth: int) -> Array:
+def _predict(model: HybridLM, h: Array, batch: PackedBatch, ctx: Context, depth: int) -> tuple[Array, Any]:
     call = lambda h, batch: model.predict(h, batch, ctx, depth=depth)  # noqa: E731
     return (call if ctx.remat == "none" else jax.checkpoint(call))(h, batch)

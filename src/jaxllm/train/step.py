@@ -146,7 +146,7 @@ def batch_loss(
     ctx = Context(
         precision=cfg.precision, remat=settings.remat, implementation=settings.implementation, rng=rng
     )
-    h, aux = model.hidden(batch, replace(ctx, taps=balance.taps(cfg, settings.balance_scope)))
+    h, aux = model.hidden(batch, replace(ctx, taps=balance.taps(cfg.pattern, settings.balance_scope)))
     w = model.embed.weight[...] if model.lm_head is None else model.lm_head.weight.get_value()
     score = partial(
         _score,
@@ -157,10 +157,14 @@ def batch_loss(
         chunk=settings.loss_chunk,
     )
     objective, sums = score(h, batch.targets[..., 0], batch.loss_mask)
-    if depths:
-        further, nats = prediction_loss(model, h, batch, ctx, score, sums, depths)
+    weights = balance.row_weights(batch)
+    routing = balance.routing(aux, weights)
+    if depths and cfg.mtp is not None:
+        inside = replace(ctx, taps=balance.taps(cfg.mtp.pattern, settings.balance_scope))
+        further, nats, reports = prediction_loss(model, h, batch, inside, score, sums, depths)
         objective, sums = objective + settings.mtp_scale * further, sums._replace(mtp=nats)
-    routing = balance.routing(aux, balance.row_weights(batch))
+        each = [balance.routing(report, weights) for report in reports]
+        routing = balance.joined(routing, each, cfg.mtp.blocks)
     if routing is not None:
         objective, sums = objective + settings.balance_loss * routing.balance, sums._replace(routing=routing)
     return objective, sums
@@ -300,7 +304,7 @@ def make_train_step(
         state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
         if sums.routing is not None and settings.bias_rate > 0:
             rate = jnp.where(metrics.consecutive_skips > 0, 0.0, settings.bias_rate)
-            moved = balance.corrected(state.params, cfg.pattern, sums.routing.counts, rate)
+            moved = balance.corrected(state.params, cfg, sums.routing.counts, rate)
             state = state.replace(params=moved)
         return state, Metrics(**{**vars(metrics), "tokens": tokens})
 
