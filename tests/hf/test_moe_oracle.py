@@ -47,8 +47,9 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
             "mlp_only_layers": pick([], [0], [1]),
             "attention_bias": pick(True, False),
         }
-    # Random order, an expert layer in any case; groups of at least two experts.
-    letters = [*rng.choice(["M", "*", "-", "E"], 3).tolist(), "E"]
+    # Random order, an expert layer in any case, and attention: transformers' cache cannot do without. Groups of at least
+    # two experts.
+    letters = [*rng.choice(["M", "*", "-", "E"], 2).tolist(), "*", "E"]
     groups = int(pick(1, 2))
     return HYBRID | {
         "hybrid_override_pattern": "".join(rng.permutation(letters)),
