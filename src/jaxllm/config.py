@@ -139,6 +139,11 @@ class MambaConfig:
         return self.inner_size + 2 * self.n_groups * self.state_size
 
     @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(H, P, N) of the recurrence's state."""
+        return self.num_heads, self.head_dim, self.state_size
+
+    @property
     def gate_groups(self) -> int:
         """Groups of the gated norm."""
         return self.n_groups if self.norm_groups is None else self.norm_groups
@@ -201,6 +206,11 @@ class GatedDeltaConfig:
         """Channels of the convolution: q, k and v."""
         return 2 * self.key_size + self.value_size
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(Hv, dk, dv) of the recurrence's state."""
+        return self.value_heads, self.key_head_dim, self.value_head_dim
+
 
 @dataclass(frozen=True)
 class JetConfig:
@@ -252,6 +262,16 @@ class JetConfig:
     def value_size(self) -> int:
         """H * dv."""
         return self.num_heads * self.value_head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: v."""
+        return self.value_size
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(H, dk, dv) of the recurrence's state."""
+        return self.num_heads, self.key_head_dim, self.value_head_dim
 
     @property
     def generator_size(self) -> int:
@@ -519,6 +539,11 @@ class ModelConfig:
     def letters(self) -> str:
         """Every sub-block's letter, those of the prediction blocks after the model's own."""
         return self.pattern if self.mtp is None else self.pattern + self.mtp.pattern * self.mtp.blocks
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of the linear weights that write to the residual stream."""
+        return self.init_std / len(self.pattern) ** 0.5
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, validated again."""

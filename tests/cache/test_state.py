@@ -224,7 +224,7 @@ def test_zero_slots_zeroes_recurrent_state_there_alone(name, rng):
 
 def test_bfloat16_keys_are_kept_as_asked():
     cache = init_cache(MODELS["mixed"], 2, 8, KVCache(dtype="bfloat16"))
-    assert cache.layers[1].k.dtype == jnp.uint16 and cache.layers[0].ssm.dtype == jnp.float32
+    assert cache.layers[1].k.dtype == jnp.uint16 and cache.layers[0].matrix.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("page", [None, 4])

@@ -10,10 +10,10 @@ import pytest
 from hf_parity import Expected, check_prefill
 
 import jaxllm.model.attention
-import jaxllm.model.mamba
 from jaxllm.config import ModelConfig
 from jaxllm.model.functional import LanguageModel, flatten, map_named
-from jaxllm.model.layers import GatedRMSNorm, _normalised
+from jaxllm.model.layers import GatedRMSNorm, normalised
+from jaxllm.model.mamba import Mamba
 from jaxllm.model.moe import Router
 
 Mutant = Callable[[LanguageModel, pytest.MonkeyPatch], LanguageModel]
@@ -60,7 +60,7 @@ def norm_before_gate(model: LanguageModel, patch: pytest.MonkeyPatch) -> Languag
     """Gated norm in the order of Qwen3-Next."""
 
     def call(self: GatedRMSNorm, y: jax.Array, z: jax.Array) -> jax.Array:
-        u = _normalised(y.reshape(*y.shape[:-1], self.groups, -1), self.eps).reshape(y.shape)
+        u = normalised(y.reshape(*y.shape[:-1], self.groups, -1), self.eps).reshape(y.shape)
         return u * self.weight[...] * jax.nn.silu(z)
 
     patch.setattr(GatedRMSNorm, "__call__", call)
@@ -69,7 +69,7 @@ def norm_before_gate(model: LanguageModel, patch: pytest.MonkeyPatch) -> Languag
 
 def tiled_groups(model: LanguageModel, patch: pytest.MonkeyPatch) -> LanguageModel:
     """Head h reads group h % G."""
-    right = jaxllm.model.mamba.ssd
+    right = Mamba.ops.scan
 
     def ssd(
         x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, *rest: Any, **options: Any
@@ -77,7 +77,7 @@ def tiled_groups(model: LanguageModel, patch: pytest.MonkeyPatch) -> LanguageMod
         repeats = (1, 1, x.shape[2] // B.shape[2], 1)
         return right(x, dt, A, jnp.tile(B, repeats), jnp.tile(C, repeats), *rest, **options)
 
-    patch.setattr(jaxllm.model.mamba, "ssd", ssd)
+    patch.setattr(Mamba, "ops", Mamba.ops._replace(scan=ssd))
     return model
 
 

@@ -11,6 +11,7 @@ import pytest
 import jaxllm.model.delta
 from jaxllm.config import JetConfig, ModelConfig
 from jaxllm.model.delta import HeadNorm
+from jaxllm.model.gated_delta import GatedDelta
 from jaxllm.model.jet import Jet
 from tests.conftest import commit_seed
 from tests.model import mixer_cases
@@ -68,21 +69,23 @@ def unit_of_the_mean(patch: pytest.MonkeyPatch) -> None:
 
 def tiled_heads(patch: pytest.MonkeyPatch) -> None:
     """Value head h reads the key head h % H."""
-    right = jaxllm.model.delta.gated_delta
+    right = GatedDelta.ops.scan
 
     def rule(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any, **options: Any) -> Any:
         repeats = (1, 1, v.shape[2] // k.shape[2], 1)
         return right(jnp.tile(q, repeats), jnp.tile(k, repeats), v, *rest, **options)
 
-    patch.setattr(jaxllm.model.delta, "gated_delta", rule)
+    patch.setattr(GatedDelta, "ops", GatedDelta.ops._replace(scan=rule))
 
 
 def no_query_scale(patch: pytest.MonkeyPatch) -> None:
     """Hidden by the norm of heads but for its epsilon."""
-    right = jaxllm.model.delta.gated_delta
-    patch.setattr(
-        jaxllm.model.delta, "gated_delta", lambda q, *a, **o: right(q * q.shape[-1] ** 0.5, *a, **o)
-    )
+    right = GatedDelta.ops.scan
+
+    def rule(q: jax.Array, *rest: Any, **options: Any) -> Any:
+        return right(q * q.shape[-1] ** 0.5, *rest, **options)
+
+    patch.setattr(GatedDelta, "ops", GatedDelta.ops._replace(scan=rule))
 
 
 MUTANTS = {

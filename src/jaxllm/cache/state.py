@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.batch import Leaf, PackedBatch
-from jaxllm.config import GatedDeltaConfig, ModelConfig, positive, require
+from jaxllm.config import ModelConfig, positive, require
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,8 @@ class RecurrentState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MambaState(RecurrentState):
-    """conv [S, k-1, d_in + 2GN]: last raw inputs of the convolution; ssm f32[S, H, P, N]."""
-
-    conv: Leaf
-    ssm: Leaf
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DeltaState(RecurrentState):
-    """conv [S, k-1, channels]: last raw inputs of the convolution; matrix f32[S, Hv, dk, dv]."""
+class MatrixState(RecurrentState):
+    """conv [S, k-1, channels]: last raw inputs of the convolution; matrix f32[S, heads, ., .]: the recurrence's state."""
 
     conv: Leaf
     matrix: Leaf
@@ -105,20 +96,11 @@ def layer_state(
 ) -> AttentionState | RecurrentState | None:
     """A zeroed state of one layer with pattern letter ``letter``; arguments as in :func:`init_cache`."""
     compute = jnp.dtype(cfg.precision.compute)
-    if letter == "M":
-        m = cfg.mamba
-        assert m is not None
-        return MambaState(
-            conv=jnp.zeros((slots, m.conv_kernel - 1, m.conv_size), compute),
-            ssm=jnp.zeros((slots, m.num_heads, m.head_dim, m.state_size), jnp.float32),
-        )
-    delta = {"G": cfg.delta, "J": cfg.jet}.get(letter)
-    if delta is not None:
-        channels = delta.conv_size if isinstance(delta, GatedDeltaConfig) else delta.value_size
-        heads = delta.value_size // delta.value_head_dim
-        return DeltaState(
-            conv=jnp.zeros((slots, delta.conv_kernel - 1, channels), compute),
-            matrix=jnp.zeros((slots, heads, delta.key_head_dim, delta.value_head_dim), jnp.float32),
+    recurrent = {"M": cfg.mamba, "G": cfg.delta, "J": cfg.jet}.get(letter)
+    if recurrent is not None:
+        return MatrixState(
+            conv=jnp.zeros((slots, recurrent.conv_kernel - 1, recurrent.conv_size), compute),
+            matrix=jnp.zeros((slots, *recurrent.state_shape), jnp.float32),
         )
     if letter in "*W":
         a = cfg.attention

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.batch import Leaf, PackedBatch
-from jaxllm.cache.state import AttentionState, DeltaState, MambaState, read_kv
+from jaxllm.cache.state import AttentionState, MatrixState, read_kv
 from pallas_kernels import tree
 
 
@@ -31,23 +31,11 @@ class AttentionWindow:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MambaWindow:
-    """``state`` before the window, the window itself, the convolution's raw inputs [B, W, d_in + 2GN] and the scan's
-    :class:`pallas_kernels.ssd.window.Factors`."""
+class RecurrentWindow:
+    """``state`` before the window, the window itself, the convolution's raw inputs [B, W, C] and the factors of the
+    recurrence, of :mod:`pallas_kernels.ssd.window` or :mod:`pallas_kernels.gated_delta.window`."""
 
-    state: MambaState
-    batch: PackedBatch
-    inputs: Leaf
-    factors: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DeltaWindow:
-    """``state`` before the window, the window itself, the convolution's raw inputs [B, W, C] and the delta rule's
-    :class:`pallas_kernels.gated_delta.window.Factors`."""
-
-    state: DeltaState
+    state: MatrixState
     batch: PackedBatch
     inputs: Leaf
     factors: Any

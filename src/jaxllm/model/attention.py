@@ -33,8 +33,7 @@ class Attention(nnx.Module):
         q, kv = Product("q", (kv_heads, group, head_dim)), Product("kv", (kv_heads, head_dim))
         project = partial(Linear, embed, bias=a.qkv_bias, std=cfg.init_std, dtype=dtype, rngs=rngs)
         self.q_proj, self.k_proj, self.v_proj = project(q), project(kv), project(kv)
-        residual_std = cfg.init_std / len(cfg.pattern) ** 0.5
-        self.o_proj = Linear(q, embed, bias=a.out_bias, std=residual_std, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(q, embed, bias=a.out_bias, std=cfg.residual_std, dtype=dtype, rngs=rngs)
         norm = partial(RMSNorm, head_dim, eps=cfg.norm_eps, cast=cfg.norm_cast, dtype=dtype, rngs=rngs)
         self.q_norm, self.k_norm = (norm(), norm()) if a.qk_norm else (None, None)
 

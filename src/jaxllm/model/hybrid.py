@@ -1,5 +1,6 @@
 """The hybrid decoder: a pattern string, one residual sub-block per letter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,26 +121,34 @@ class HybridLM(nnx.Module):
                 reports.append(report)
         return self.norm_f(h), _collect(ctx, states, reports)
 
-    def _require_layers(self) -> None:
+    def _read_on(
+        self,
+        read: Callable[..., tuple[Array, Any, Aux]],
+        batch: PackedBatch,
+        cache: Cache,
+        ctx: Context | None,
+    ) -> tuple[Array, tuple[Any, ...], Aux]:
+        """Final hidden states after ``read``, a method of :class:`Block`, with every layer's state; what each leaves; taps."""
         require(
             not self.cfg.scan_layers, "scan_layers", True, "is for training; use functional.unstack first"
         )
+        ctx = ctx or self.context()
+        h = self.embed(batch.tokens, ctx)
+        hidden: list[Any] = [h]
+        left, reports = [], []
+        for block, state in zip(self.layers, cache.layers, strict=True):
+            h, kept, report = read(block, h, batch, state, ctx)
+            left.append(kept)
+            hidden.append(h)
+            reports.append(report)
+        return self.norm_f(h), tuple(left), _collect(ctx, hidden, reports)
 
     def extend(
         self, batch: PackedBatch, cache: Cache, ctx: Context | None = None
     ) -> tuple[Float[Array, "B T D"], Cache, Aux]:
         """Final hidden states of a chunk that goes on from ``cache``, the cache after it, and taps as in ``hidden``."""
-        self._require_layers()
-        ctx = ctx or self.context()
-        h = self.embed(batch.tokens, ctx)
-        hidden: list[Any] = [h]
-        states, reports = [], []
-        for block, state in zip(self.layers, cache.layers, strict=True):
-            h, state, report = block.extend(h, batch, state, ctx)
-            states.append(state)
-            hidden.append(h)
-            reports.append(report)
-        return self.norm_f(h), Cache(layers=tuple(states)), _collect(ctx, hidden, reports)
+        h, states, aux = self._read_on(Block.extend, batch, cache, ctx)
+        return h, Cache(layers=states), aux
 
     def predict(
         self, h: Float[Array, "B T D"], batch: PackedBatch, ctx: Context | None = None, *, depth: int = 1
@@ -189,17 +198,8 @@ class HybridLM(nnx.Module):
             ConfigError: the layers are stacked.
             ValueError: ``parents`` or ``slots`` has not the shape of a window's.
         """
-        self._require_layers()
-        ctx = ctx or self.context()
-        h = self.embed(batch.tokens, ctx)
-        hidden: list[Any] = [h]
-        windows, reports = [], []
-        for block, state in zip(self.layers, cache.layers, strict=True):
-            h, window, report = block.window(h, batch, state, ctx)
-            windows.append(window)
-            hidden.append(h)
-            reports.append(report)
-        return self.norm_f(h), CacheWindow(layers=tuple(windows)), _collect(ctx, hidden, reports)
+        h, windows, aux = self._read_on(Block.window, batch, cache, ctx)
+        return h, CacheWindow(layers=windows), aux
 
     def commit(self, window: CacheWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> Cache:
         """The cache as if only one path of the window had been run by ``extend``.

@@ -1,4 +1,4 @@
-"""Initial values of the parameters that make decays: A and the bias of the step size (Mamba-2, arXiv 2405.21060)."""
+"""Initial values of convolutions and of what makes decays: A and the bias of the step size (Mamba-2, arXiv 2405.21060)."""
 
 from typing import Any
 
@@ -22,5 +22,15 @@ def a_log(low: float, high: float = 16.0) -> jax.nn.initializers.Initializer:
 
     def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
         return jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high)).astype(dtype)
+
+    return init
+
+
+def centred(bound: float) -> jax.nn.initializers.Initializer:
+    """U(-bound, bound): a convolution of k taps takes ``k ** -0.5``."""
+    uniform = jax.nn.initializers.uniform(2 * bound)
+
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        return uniform(key, shape, dtype) - jnp.asarray(bound, dtype)
 
     return init

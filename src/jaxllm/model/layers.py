@@ -38,7 +38,8 @@ class Embedding(nnx.Module):
         return self.weight[...][tokens].astype(ctx.precision.compute)
 
 
-def _normalised(x: jax.Array, eps: float) -> jax.Array:
+def normalised(x: jax.Array, eps: float) -> jax.Array:
+    """``x`` at a mean square of 1 over the last axis, float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
@@ -52,7 +53,7 @@ class RMSNorm(nnx.Module):
         self.cast = cast
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = _normalised(x, self.eps)
+        y = normalised(x, self.eps)
         if self.cast == "first":
             return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
         return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
@@ -68,5 +69,5 @@ class GatedRMSNorm(nnx.Module):
 
     def __call__(self, y: Float[Array, "B T D"], z: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         u = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-        u = _normalised(u.reshape(*u.shape[:-1], self.groups, -1), self.eps).reshape(u.shape)
+        u = normalised(u.reshape(*u.shape[:-1], self.groups, -1), self.eps).reshape(u.shape)
         return u.astype(z.dtype) * self.weight[...].astype(z.dtype)

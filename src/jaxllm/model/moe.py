@@ -14,6 +14,7 @@ from jaxllm.config import MLPConfig, ModelConfig, MoEConfig
 from jaxllm.linear import Context
 from jaxllm.model.layers import Linear, parameter
 from jaxllm.model.mlp import MLP
+from jaxllm.model.stateless import Stateless
 from pallas_kernels.grouped_matmul import Plan, from_experts, grouped_matmul, plan, to_experts
 from pallas_kernels.precision import contract
 
@@ -78,7 +79,7 @@ class Experts(nnx.Module):
         self.gate_up_proj, self.up_proj = (first, None) if gated else (None, first)
         # Written to the residual stream directly, or through a latent projection that is scaled down instead.
         residual = width.name == "embed"
-        std = cfg.init_std / len(cfg.pattern) ** 0.5 if residual else cfg.init_std
+        std = cfg.residual_std if residual else cfg.init_std
         self.down_proj = parameter((experts, hidden, width), normal(std), rngs, dtype)
 
     def __call__(self, x: Float[Array, "M D"], sizes: Int[Array, "E"], ctx: Context) -> Float[Array, "M D"]:
@@ -100,7 +101,7 @@ class Experts(nnx.Module):
         return product(hidden, self.down_proj)
 
 
-class MoE(nnx.Module):
+class MoE(Stateless):
     """``fc2(sum of the chosen experts of fc1(x)) + shared(x)``; fc1, fc2 and the shared expert may be absent.
 
     Dropless: every token meets its ``top_k`` experts. Padding meets none and counts nowhere.
@@ -117,9 +118,9 @@ class MoE(nnx.Module):
         self.gate = Router(cfg, rngs=rngs)
         width = embed if m.latent_size is None else Axis("latent", m.latent_size)
         linear = partial(Linear, bias=False, dtype=dtype, rngs=rngs)
-        latent, residual_std = m.latent_size is not None, cfg.init_std / len(cfg.pattern) ** 0.5
+        latent = m.latent_size is not None
         self.fc1_latent_proj = linear(embed, width, std=cfg.init_std) if latent else None
-        self.fc2_latent_proj = linear(width, embed, std=residual_std) if latent else None
+        self.fc2_latent_proj = linear(width, embed, std=cfg.residual_std) if latent else None
         self.experts = Experts(cfg, width, rngs=rngs)
         shared = m.shared_intermediate_size
         self.shared_experts = (
@@ -152,22 +153,6 @@ class MoE(nnx.Module):
             )[0],
         }
         return y, {name: report() for name, report in reports.items() if name in ctx.taps}
-
-    def extend(
-        self, x: Float[Array, "B T D"], batch: PackedBatch, state: None, ctx: Context
-    ) -> tuple[Float[Array, "B T D"], None, dict[str, Any]]:
-        """Keeps nothing between tokens."""
-        y, aux = self(x, batch, ctx)
-        return y, None, aux
-
-    def window(
-        self, x: Float[Array, "B W D"], batch: PackedBatch, state: None, ctx: Context
-    ) -> tuple[Float[Array, "B W D"], None, dict[str, Any]]:
-        """Keeps nothing."""
-        return self.extend(x, batch, state, ctx)
-
-    def commit(self, window: None, path: Int[Array, "B m"], n: Int[Array, " B"]) -> None:
-        """Nothing was kept."""
 
 
 def balance(shares: Float[Array, "B T E"], ids: Int[Array, "B T k"]) -> Float[Array, " B"]:

@@ -1,0 +1,105 @@
+"""What the recurrent mixers share: a causal convolution, then a recurrence whose memory of a document has a fixed size."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxllm.batch import PackedBatch
+from jaxllm.cache.state import MatrixState, read_rows, write_rows
+from jaxllm.cache.window import RecurrentWindow, accepted_nodes, window_ancestors
+from jaxllm.linear import Context
+from pallas_kernels.causal_conv.window import causal_conv_commit
+
+# (outputs, what is kept of them): the states of documents, or what a window adds to one.
+Pass = Callable[..., tuple[Array, Any]]
+
+
+class Ops(NamedTuple):
+    """A mixer's kernels: over packed documents, along the paths of a window, and the state after one path."""
+
+    conv: Pass
+    conv_window: Callable[..., Array]
+    scan: Pass
+    scan_window: Pass
+    scan_commit: Callable[..., Array]
+
+
+class Recurrent(nnx.Module):
+    """A mixer with the kernels ``ops``; :meth:`mix` takes its tokens through them, whatever they go on from."""
+
+    ops: ClassVar[Ops]
+    chunk_size: int
+
+    def mix(self, x: Array, conv: Pass, scan: Pass, ctx: Context) -> tuple[Array, Any, Any]:
+        """(y, what ``conv`` kept, what ``scan`` kept).
+
+        Args:
+            x: [B, T, D].
+            conv: takes raw inputs [B, T, C] and the parameters of ``ops.conv``.
+            scan: takes the arrays of ``ops.scan``.
+            ctx: as everywhere.
+        """
+        raise NotImplementedError
+
+    def _packed(
+        self, x: Array, batch: PackedBatch, ctx: Context, conv: Array | None, matrix: Array | None
+    ) -> tuple[Array, Any, Any]:
+        """:meth:`mix` with the states after each segment, from those before it; None: zeros, and none are kept."""
+        packed = {"segment_ids": batch.segment_ids, "implementation": ctx.implementation}
+        options = {"chunk_size": self.chunk_size, "operand_dtype": ctx.precision.operand}
+        return self.mix(
+            x,
+            partial(self.ops.conv, initial_state=conv, **packed),
+            partial(self.ops.scan, initial_state=matrix, **packed, **options),
+            ctx,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """Training: every segment starts from a zero state and keeps nothing."""
+        y, _, _ = self._packed(x, batch, ctx, None, None)
+        return y, {}
+
+    def extend(
+        self, x: Float[Array, "B T D"], batch: PackedBatch, state: MatrixState, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], MatrixState, dict[str, Any]]:
+        """Prefill chunk or decode: each segment goes on from its slot's state."""
+        before = read_rows(state.conv, batch), read_rows(state.matrix, batch)
+        y, conv, matrix = self._packed(x, batch, ctx, *before)
+        return y, _written(state, batch, conv, matrix), {}
+
+    def window(
+        self, x: Float[Array, "B W D"], batch: PackedBatch, state: MatrixState, ctx: Context
+    ) -> tuple[Float[Array, "B W D"], RecurrentWindow, dict[str, Any]]:
+        """Convolution and recurrence along the path to each node, from the slot's state."""
+        conv_before, before = _before(state, batch)
+        tree = {"ancestors": window_ancestors(batch), "implementation": ctx.implementation}
+
+        def conv(inputs: Array, *parameters: Any) -> tuple[Array, Array]:
+            return self.ops.conv_window(inputs, *parameters, initial_state=conv_before, **tree), inputs
+
+        scan = partial(self.ops.scan_window, initial_state=before, **tree)
+        y, inputs, factors = self.mix(x, conv, scan, ctx)
+        return y, RecurrentWindow(state, batch, inputs, factors), {}
+
+    def commit(self, window: RecurrentWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> MatrixState:
+        """The slot's states after each row's first ``n`` nodes of ``path``."""
+        state, batch = window.state, window.batch
+        conv_before, before = _before(state, batch)
+        accepted, ancestors = accepted_nodes(batch, path, n), window_ancestors(batch)
+        conv = causal_conv_commit(window.inputs, ancestors, accepted, conv_before)
+        matrix = self.ops.scan_commit(window.factors, accepted, before)
+        return _written(state, batch, conv[:, None], matrix[:, None])
+
+
+def _before(state: MatrixState, batch: PackedBatch) -> tuple[Array, Array]:
+    """The states that the rows of a window go on from, one segment a row."""
+    return read_rows(state.conv, batch)[:, 0], read_rows(state.matrix, batch)[:, 0]
+
+
+def _written(state: MatrixState, batch: PackedBatch, conv: Array, matrix: Array) -> MatrixState:
+    return MatrixState(write_rows(state.conv, batch, conv), write_rows(state.matrix, batch, matrix))
