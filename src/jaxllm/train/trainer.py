@@ -153,16 +153,21 @@ class Trainer:
 
     def _open_writers(self, stack: ExitStack) -> None:
         writers: list[Any] = []
-        if self.folder is not None and jax.process_index() == 0:
-            writers.append(JsonlWriter(self.folder / "metrics.jsonl", first_step=self.step))
-            if self.settings.tensorboard:
-                writers.append(TensorBoardWriter(self.folder / "tensorboard"))
-        if self.settings.wandb is not None and jax.process_index() == 0:
-            writers.append(
-                WandbWriter(self.settings.wandb, {"model": self.cfg.to_dict(), "optim": asdict(self.optim)})
-            )
-        for writer in writers:
+
+        def opened(writer: Any) -> None:
+            # At once: the next writer may fail to open.
             stack.callback(writer.close)
+            writers.append(writer)
+
+        if jax.process_index() != 0:
+            return
+        if self.folder is not None:
+            opened(JsonlWriter(self.folder / "metrics.jsonl", first_step=self.step))
+            if self.settings.tensorboard:
+                opened(TensorBoardWriter(self.folder / "tensorboard"))
+        if self.settings.wandb is not None:
+            settings = {"model": self.cfg.to_dict(), "optim": asdict(self.optim)}
+            opened(WandbWriter(self.settings.wandb, settings, self.folder))
         self.reporter.callbacks[:0] = writers
 
     def _loop(self, state: TrainState, request: StopRequest) -> TrainState:

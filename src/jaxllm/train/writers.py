@@ -85,8 +85,8 @@ class TensorBoardWriter:
 class WandbWriter:
     """A Weights & Biases run."""
 
-    def __init__(self, project: str, settings: dict[str, Any]):
-        """Start the run.
+    def __init__(self, project: str, settings: dict[str, Any], folder: Path | None = None):
+        """Start the run; its own files go into ``folder``, without one into the current folder.
 
         Raises:
             ConfigError: wandb is not installed.
@@ -97,7 +97,7 @@ class WandbWriter:
             raise ConfigError(
                 f"wandb={project!r}: wandb is not installed; pip install 'jaxllm[wandb]'"
             ) from error
-        self._run = wandb.init(project=project, config=settings)
+        self._run = wandb.init(project=project, config=settings, dir=folder)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepEvent | EvalEvent):
