@@ -31,12 +31,31 @@ def count_segments(
     segment_ids: Shaped[Array, "..."] | None,
     initial_state: Shaped[Array, "..."] | None,
     num_segments: int | None,
+    *,
+    tokens: tuple[int, int],
+    state: tuple[int, ...],
+    letters: str,
 ) -> int | None:
     """The n of the states [B, n, ...] an op takes and returns; None when no state is wanted.
 
+    Args:
+        segment_ids: checked to have the shape ``tokens``, [B, T].
+        initial_state: checked to have the shape [B, n, *state].
+        num_segments: as the op was given it.
+        tokens: (B, T).
+        state: shape of one state.
+        letters: what the dimensions of ``state`` are called.
+
     Raises:
-        ValueError: ``num_segments`` disagrees with ``initial_state``, or exceeds 1 without ``segment_ids``.
+        ValueError: a shape is not as above; ``num_segments`` disagrees with ``initial_state``, or exceeds 1 without
+            ``segment_ids``.
     """
+    require_shape("segment_ids", segment_ids, tokens, "B, T")
+    if initial_state is not None:
+        shape, letters = initial_state.shape, f"B, n, {letters}"
+        allowed = f"{2 + len(state)} dimensions [{letters}]"
+        require(len(shape) == 2 + len(state), "initial_state.shape", shape, allowed)
+        require_shape("initial_state", initial_state, (tokens[0], shape[1], *state), letters)
     if num_segments is not None:
         require(num_segments >= 1, "num_segments", num_segments, "None or at least 1")
     n = num_segments

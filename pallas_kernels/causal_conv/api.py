@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import count_segments, require, require_shape
+from pallas_kernels.causal_conv.activation import require_activation
 
 
 def causal_conv(
@@ -48,20 +49,13 @@ def causal_conv(
     k = weight.shape[0]
     require(k >= 1, "weight.shape", weight.shape, "at least one tap")
     require_shape("bias", bias, (D,), "D")
-    require_shape("segment_ids", segment_ids, (B, T), "B, T")
-    if initial_state is not None:
-        require(
-            initial_state.ndim == 4,
-            "initial_state.shape",
-            initial_state.shape,
-            "four dimensions [B, n, k-1, D]",
-        )
-        require_shape("initial_state", initial_state, (B, initial_state.shape[1], k - 1, D), "B, n, k-1, D")
-    require(activation in ("silu", None), "activation", activation, "'silu' or None")
+    require_activation(activation)
     options = {
         "segment_ids": segment_ids,
         "initial_state": initial_state,
-        "num_segments": count_segments(segment_ids, initial_state, num_segments),
+        "num_segments": count_segments(
+            segment_ids, initial_state, num_segments, tokens=(B, T), state=(k - 1, D), letters="k-1, D"
+        ),
         "activation": activation,
     }
     module = dispatch.choose("causal_conv", implementation, x, weight, bias, **options)

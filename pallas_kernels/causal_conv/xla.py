@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.causal_conv.activation import activate
 from pallas_kernels.materialise import hold
 from pallas_kernels.segments import extents, final_windows
 
@@ -16,17 +17,16 @@ def supports(*_args, **_options) -> str | None:
     return None
 
 
-def _activate(y, activation):
-    return jax.nn.silu(y) if activation == "silu" else y
+def shifted_sum(padded, weight, bias, ids, T):
+    """bias + sum_j weight[..., j, :] padded[:, j:j+T], each tap kept within its document; float32.
 
-
-def _shifted_sum(padded, weight, bias, ids, T):
-    """bias + sum_j weight[j] padded[:, j:j+T], each tap kept within its document; float32."""
-    k = weight.shape[0]
-    y = jnp.zeros(weight.shape[1:]) if bias is None else bias
+    ``weight`` [k, D], or [B, T, k, D] where every token has a kernel of its own.
+    """
+    k = weight.shape[-2]
+    y = jnp.zeros(weight.shape[-1:]) if bias is None else bias
     past = None if ids is None else jnp.pad(ids, ((0, 0), (k - 1, 0)))
     for j in range(k):
-        tap = weight[j] * padded[:, j : j + T].astype(jnp.float32)
+        tap = weight[..., j, :].astype(jnp.float32) * padded[:, j : j + T].astype(jnp.float32)
         if past is not None and j < k - 1:
             tap = jnp.where((past[:, j : j + T] == ids)[..., None], tap, 0)
         y = y + tap
@@ -48,7 +48,7 @@ def _before_activation(x, weight, bias, same):
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _packed(x, weight, bias, same, activation):
     """Training: no states. float32 output."""
-    return _activate(_before_activation(x, weight, bias, same), activation)
+    return activate(_before_activation(x, weight, bias, same), activation)
 
 
 def _packed_fwd(x, weight, bias, same, activation):
@@ -87,22 +87,25 @@ def _one_token(x, weight, bias, ids, initial_state, activation):
         live = (ids > 0)[:, :, None]
         y = jnp.where(live, y, 0)
         state = jnp.where(live, state, initial_state[:, 0])
-    return _activate(y, activation), state[:, None]
+    return activate(y, activation), state[:, None]
 
 
-def _open_documents(y, weight, ids, initial_state, first):
-    """Add what the first k-1 tokens of each document draw from its initial state: n (k-1) rows."""
+def open_documents(y, weight, ids, initial_state, first):
+    """Add what the first k-1 tokens of each document draw from its initial state: n (k-1) rows; weight as above."""
     B, T, D = y.shape
-    n, reach = initial_state.shape[1], weight.shape[0] - 1
-    drawn = [
-        sum(weight[j] * initial_state[:, :, i + j].astype(jnp.float32) for j in range(reach - i))
-        for i in range(reach)
-    ]
+    n, reach = initial_state.shape[1:3]
     row = first[:, :, None] + jnp.arange(reach)
     owner = jnp.take_along_axis(ids, jnp.minimum(row, T - 1).reshape(B, -1), axis=1).reshape(row.shape)
     inside = (row < T) & (owner == jnp.arange(1, n + 1)[:, None])
     # Row T does not exist: the scatter drops what an absent or shorter document would have written.
     row = jnp.where(inside, row, T).reshape(B, -1)
+    if weight.ndim == 2:
+        used = jnp.broadcast_to(weight, (1, 1, reach, *weight.shape))
+    else:
+        used = jnp.take_along_axis(weight, jnp.minimum(row, T - 1)[:, :, None, None], axis=1)
+        used = used.reshape(B, n, reach, -1, D)
+    used, state = used.astype(jnp.float32), initial_state.astype(jnp.float32)
+    drawn = [sum(used[:, :, i, j] * state[:, :, i + j] for j in range(reach - i)) for i in range(reach)]
     add = jnp.stack(drawn, axis=2).reshape(B, n * reach, D)
     return y.at[jnp.arange(B)[:, None], row].add(add, mode="drop")
 
@@ -123,7 +126,7 @@ def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation
         state = None
         if n is not None:
             state = padded[:, T:][:, None].astype(before.dtype)
-        return _activate(_shifted_sum(padded, weight, bias, None, T), activation).astype(x.dtype), state
+        return activate(shifted_sum(padded, weight, bias, None, T), activation).astype(x.dtype), state
     if n is None:
         past = jnp.pad(segment_ids, ((0, 0), (k - 1, 0)))
         same = jnp.stack([past[:, j : j + T] == segment_ids for j in range(k)], axis=2)
@@ -132,11 +135,11 @@ def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation
         return y.astype(x.dtype), None
     x = jnp.where((segment_ids > 0)[..., None], x, 0)
     padded = jnp.pad(x, ((0, 0), (k - 1, 0), (0, 0)))
-    y, state = _shifted_sum(padded, weight, bias, segment_ids, T), initial_state
+    y, state = shifted_sum(padded, weight, bias, segment_ids, T), initial_state
     if k > 1:
         assert initial_state is not None
         first, length = extents(segment_ids, n)
-        y = _open_documents(y, weight, segment_ids, initial_state, first)
+        y = open_documents(y, weight, segment_ids, initial_state, first)
         assert initial_state is not None
         state = final_windows(x, initial_state, first, length)
-    return _activate(y, activation).astype(x.dtype), state
+    return activate(y, activation).astype(x.dtype), state

@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import count_segments, require, require_shape
+from pallas_kernels.causal_conv.activation import require_activation
 
 
 def dynamic_conv(
@@ -47,16 +48,13 @@ def dynamic_conv(
     k = kernels.shape[2]
     require_shape("kernels", kernels, (B, T, k, D), "B, T, k, D")
     require(k >= 2, "kernels.shape", kernels.shape, "at least two taps")
-    require_shape("segment_ids", segment_ids, (B, T), "B, T")
-    if initial_state is not None:
-        shape = initial_state.shape
-        require(len(shape) == 4, "initial_state.shape", shape, "four dimensions [B, n, k-1, D]")
-        require_shape("initial_state", initial_state, (B, shape[1], k - 1, D), "B, n, k-1, D")
-    require(activation in ("silu", None), "activation", activation, "'silu' or None")
+    require_activation(activation)
     options = {
         "segment_ids": segment_ids,
         "initial_state": initial_state,
-        "num_segments": count_segments(segment_ids, initial_state, num_segments),
+        "num_segments": count_segments(
+            segment_ids, initial_state, num_segments, tokens=(B, T), state=(k - 1, D), letters="k-1, D"
+        ),
         "activation": activation,
     }
     module = dispatch.choose("dynamic_conv", implementation, x, kernels, **options)

@@ -4,7 +4,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import count_segments, require, require_operand_dtype, require_shape
+from pallas_kernels.arguments import count_segments, require, require_operand_dtype
+from pallas_kernels.gated_delta.checks import require_inputs
 
 
 def gated_delta(
@@ -52,28 +53,22 @@ def gated_delta(
         ValueError: a shape, ``num_segments``, ``chunk_size``, ``operand_dtype`` or ``implementation`` is not as
             above, or H does not divide Hv.
     """
-    require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, T, H, dk]")
-    rows, T, H, dk = q.shape
-    require(T >= 1, "q.shape", q.shape, "at least one token")
-    require_shape("k", k, q.shape, "B, T, H, dk")
-    require(
-        v.ndim == 4 and v.shape[:2] == (rows, T), "v.shape", v.shape, f"({rows}, {T}, Hv, dv) [B, T, Hv, dv]"
-    )
+    require_inputs(q, k, v, g, beta, "T")
+    rows, T, _, dk = q.shape
     Hv, dv = v.shape[2:]
-    require(Hv % H == 0, "v.shape", v.shape, f"Hv (third) to be a multiple of H = {H}")
-    require_shape("g", g, (rows, T, Hv), "B, T, Hv")
-    require_shape("beta", beta, (rows, T, Hv), "B, T, Hv")
-    require_shape("segment_ids", segment_ids, (rows, T), "B, T")
-    if initial_state is not None:
-        shape = initial_state.shape
-        require(len(shape) == 5, "initial_state.shape", shape, "five dimensions [B, n, Hv, dk, dv]")
-        require_shape("initial_state", initial_state, (rows, shape[1], Hv, dk, dv), "B, n, Hv, dk, dv")
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     require_operand_dtype(operand_dtype)
     options = {
         "segment_ids": segment_ids,
         "initial_state": initial_state,
-        "num_segments": count_segments(segment_ids, initial_state, num_segments),
+        "num_segments": count_segments(
+            segment_ids,
+            initial_state,
+            num_segments,
+            tokens=(rows, T),
+            state=(Hv, dk, dv),
+            letters="Hv, dk, dv",
+        ),
         "chunk_size": chunk_size,
         "operand_dtype": operand_dtype,
     }

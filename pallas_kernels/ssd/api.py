@@ -4,7 +4,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import count_segments, require, require_operand_dtype, require_shape
+from pallas_kernels.arguments import count_segments, require, require_operand_dtype
+from pallas_kernels.ssd.checks import require_inputs
 
 
 def ssd(
@@ -52,26 +53,21 @@ def ssd(
         ValueError: a shape, ``num_segments``, ``chunk_size``, ``operand_dtype`` or ``implementation`` is not as
             above, or G does not divide H.
     """
-    require(x.ndim == 4, "x.shape", x.shape, "four dimensions [B, T, H, P]")
+    require_inputs(x, dt, A, B, C, D, "T")
     rows, T, H, P = x.shape
-    require(T >= 1, "x.shape", x.shape, "at least one token")
-    require_shape("dt", dt, (rows, T, H), "B, T, H")
-    require_shape("A", A, (H,), "H")
-    require(B.ndim == 4 and B.shape[:2] == (rows, T), "B.shape", B.shape, f"({rows}, {T}, G, N) [B, T, G, N]")
-    require_shape("C", C, B.shape, "B, T, G, N")
-    require(H % B.shape[2] == 0, "B.shape", B.shape, f"G (third) to divide H = {H}")
-    require_shape("D", D, (H,), "H")
-    require_shape("segment_ids", segment_ids, (rows, T), "B, T")
-    if initial_state is not None:
-        shape = initial_state.shape
-        require(len(shape) == 5, "initial_state.shape", shape, "five dimensions [B, n, H, P, N]")
-        require_shape("initial_state", initial_state, (rows, shape[1], H, P, B.shape[3]), "B, n, H, P, N")
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     require_operand_dtype(operand_dtype)
     options = {
         "segment_ids": segment_ids,
         "initial_state": initial_state,
-        "num_segments": count_segments(segment_ids, initial_state, num_segments),
+        "num_segments": count_segments(
+            segment_ids,
+            initial_state,
+            num_segments,
+            tokens=(rows, T),
+            state=(H, P, B.shape[3]),
+            letters="H, P, N",
+        ),
         "chunk_size": chunk_size,
         "operand_dtype": operand_dtype,
     }

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from pallas_kernels import tree
 from pallas_kernels.causal_conv.window import causal_conv_commit, causal_conv_window
-from pallas_kernels.dynamic_conv.window import dynamic_conv_window
 from pallas_kernels.gated_delta.window import Factors as DeltaFactors
 from pallas_kernels.gated_delta.window import gated_delta_commit, gated_delta_window
 from pallas_kernels.ssd.window import Factors, ssd_commit, ssd_window
@@ -178,6 +177,7 @@ def test_bad_scan_arguments_are_named(own_checks, change, message):
     ("change", "message"),
     [
         ({"weight": np.ones((k, D + 1), np.float32)}, "weight.shape"),
+        ({"weight": np.ones((B, W + 1, k, D), np.float32)}, "weight.shape.*B, W, k, D"),
         ({"bias": np.ones(D + 1, np.float32)}, "bias.shape"),
         ({"ancestors": SEEN[:, 1:]}, "ancestors.shape"),
         ({"initial_state": np.ones((B, k, D), np.float32)}, "initial_state.shape"),
@@ -254,7 +254,7 @@ def test_every_node_is_convolved_with_its_own_kernel(implementation, seed):
     a = conv_arrays(seed, live)
     kernels = normal(seed + 2, B, W, k, D)
     shared = {"x": a["x"], "ancestors": seen, "initial_state": a["initial_state"]}
-    y = values(dynamic_conv_window, {**shared, "kernels": kernels}, implementation=implementation)
+    y = values(causal_conv_window, {**shared, "weight": kernels}, implementation=implementation)
     for b, i in np.argwhere(live):
         alone = values(causal_conv_window, {**shared, "weight": kernels[b, i]}, implementation="reference")
         close(y[b, i], alone[b, i], 5e-6)

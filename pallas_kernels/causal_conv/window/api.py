@@ -1,17 +1,17 @@
 """Public entries: outputs of a tree of tokens, and the inputs to keep after one of its paths."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.causal_conv.activation import activate, require_activation
 from pallas_kernels.tree import depths, preceding
 
 
 def causal_conv_window(
     x: Float[Array, "B W D"],
-    weight: Float[Array, "k D"],
+    weight: Float[Array, "k D"] | Float[Array, "B W k D"],
     bias: Float[Array, "D"] | None = None,
     *,
     ancestors: Bool[Array, "B W W"],
@@ -19,11 +19,11 @@ def causal_conv_window(
     activation: str | None = "silu",
     implementation: str = "auto",
 ) -> Float[Array, "B W D"]:
-    """:func:`pallas_kernels.causal_conv.causal_conv` along the path to every node.
+    """:func:`pallas_kernels.causal_conv.causal_conv`, or ``dynamic_conv``, along the path to every node.
 
     Args:
         x: raw inputs.
-        weight: one filter of k taps per channel, the oldest input first.
+        weight: one filter of k taps per channel, the oldest input first; or one for every node and channel.
         bias: added before the activation; None for none.
         ancestors: as :func:`pallas_kernels.tree.ancestors` gives it; the values of padding reach no other node.
         initial_state: the k-1 raw inputs before the window, which nodes of depth below k-1 fall back to.
@@ -38,17 +38,20 @@ def causal_conv_window(
     """
     require(x.ndim == 3, "x.shape", x.shape, "three dimensions [B, W, D]")
     rows, W, D = x.shape
-    require(weight.ndim == 2 and weight.shape[1] == D, "weight.shape", weight.shape, f"(k, {D}) [k, D]")
-    require(len(weight) >= 1, "weight.shape", weight.shape, "at least one tap")
+    require(weight.ndim in (2, 4), "weight.shape", weight.shape, f"(k, {D}) [k, D], or [B, W, k, D]")
+    k = weight.shape[-2]
+    nodes, letters = ((rows, W), "B, W, k, D") if weight.ndim == 4 else ((), "k, D")
+    require_shape("weight", weight, (*nodes, k, D), letters)
+    require(k >= 1, "weight.shape", weight.shape, "at least one tap")
     require_shape("bias", bias, (D,), "D")
     require_shape("ancestors", ancestors, (rows, W, W), "B, W, W")
-    require_shape("initial_state", initial_state, (rows, len(weight) - 1, D), "B, k-1, D")
-    require(activation in ("silu", None), "activation", activation, "'silu' or None")
+    require_shape("initial_state", initial_state, (rows, k - 1, D), "B, k-1, D")
+    require_activation(activation)
     options = {"ancestors": ancestors, "initial_state": initial_state}
     module = dispatch.choose("causal_conv.window", implementation, x, weight, **options)
     y = module.run(x, weight.astype(jnp.float32), **options)
     y = y if bias is None else y + bias.astype(jnp.float32)
-    return (jax.nn.silu(y) if activation == "silu" else y).astype(x.dtype)
+    return activate(y, activation).astype(x.dtype)
 
 
 def causal_conv_commit(
@@ -57,7 +60,7 @@ def causal_conv_commit(
     accepted: Bool[Array, "B W"],
     initial_state: Float[Array, "B r D"],
 ) -> Float[Array, "B r D"]:
-    """The last r = k-1 raw inputs after one path of the window, filled from the left with ``initial_state``.
+    """The last r = k-1 raw inputs after one path of the window, of either convolution, filled from the left with ``initial_state``.
 
     Args:
         x: raw inputs of the window.

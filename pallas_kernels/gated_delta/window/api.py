@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require_shape
+from pallas_kernels.gated_delta.checks import require_inputs
 from pallas_kernels.precision import contract
+from pallas_kernels.tree import live_values, path_sums, state_after
 
 
 class Factors(NamedTuple):
@@ -58,28 +60,17 @@ def gated_delta_window(
     Raises:
         ValueError: a shape or ``implementation`` is not as above, or H does not divide Hv.
     """
-    require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, W, H, dk]")
-    rows, W, H, dk = q.shape
-    require_shape("k", k, q.shape, "B, W, H, dk")
-    require(
-        v.ndim == 4 and v.shape[:2] == (rows, W), "v.shape", v.shape, f"({rows}, {W}, Hv, dv) [B, W, Hv, dv]"
-    )
+    require_inputs(q, k, v, g, beta, "W")
+    rows, W, _, dk = q.shape
     Hv, dv = v.shape[2:]
-    require(Hv % H == 0, "v.shape", v.shape, f"Hv (third) to be a multiple of H = {H}")
-    require_shape("g", g, (rows, W, Hv), "B, W, Hv")
-    require_shape("beta", beta, (rows, W, Hv), "B, W, Hv")
     require_shape("ancestors", ancestors, (rows, W, W), "B, W, W")
     require_shape("initial_state", initial_state, (rows, Hv, dk, dv), "B, Hv, dk, dv")
-    live, out_dtype = jnp.diagonal(ancestors, axis1=1, axis2=2), v.dtype
-    q, k, v, g, beta = (
-        jnp.where(live.reshape(rows, W, *[1] * (x.ndim - 2)), x.astype(jnp.float32), 0)
-        for x in (q, k, v, g, beta)
-    )
+    out_dtype = v.dtype
+    q, k, v, g, beta = live_values(ancestors, q, k, v, g, beta)
     options = {"ancestors": ancestors, "initial_state": initial_state.astype(jnp.float32)}
     module = dispatch.choose("gated_delta.window", implementation, q, k, v, g, beta, **options)
     o, write = module.run(q, k, v, g, beta, **options)
-    decay = jnp.einsum("bij,bjh->bih", ancestors.astype(jnp.float32), g, precision="highest")
-    return o.astype(out_dtype), Factors(k, write, decay)
+    return o.astype(out_dtype), Factors(k, write, path_sums(ancestors, g))
 
 
 def gated_delta_commit(
@@ -100,11 +91,9 @@ def gated_delta_commit(
     H, dk = factors.k.shape[2:]
     require_shape("accepted", accepted, (rows, W), "B, W")
     require_shape("initial_state", initial_state, (rows, Hv, dk, dv), "B, Hv, dk, dv")
-    initial_state = initial_state.astype(jnp.float32)
-    # Log decays are at most 0, so the path's last node has the least sum; no path: 0.
-    last = jnp.min(jnp.where(accepted[..., None], factors.decay, 0), axis=1)
-    share = jnp.exp(jnp.where(accepted[..., None], last[:, None] - factors.decay, -jnp.inf))
-    weighted = (share[..., None] * factors.write).reshape(rows, W, H, Hv // H, dv)
-    new = contract("bjhk,bjhev->bhekv", factors.k, weighted).reshape(initial_state.shape)
-    new = jnp.exp(last)[..., None, None] * initial_state + new
-    return jnp.where(jnp.any(accepted, axis=1)[:, None, None, None], new, initial_state)
+
+    def written(weights: Array) -> Array:
+        weighted = (weights[..., None] * factors.write).reshape(rows, W, H, Hv // H, dv)
+        return contract("bjhk,bjhev->bhekv", factors.k, weighted).reshape(initial_state.shape)
+
+    return state_after(factors.decay, accepted, initial_state, written)

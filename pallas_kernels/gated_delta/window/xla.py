@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta.triangular import unit_lower_inverse
 from pallas_kernels.precision import contract
-from pallas_kernels.tree import depths
+from pallas_kernels.tree import depths, path_decays
 
 REASON = "masked matmuls and a triangular inverse fused by XLA; no GPU kernel of this op is present"
 
@@ -28,8 +28,7 @@ def run(q, k, v, g, beta, *, ancestors, initial_state):
     mask = sorted_nodes(sorted_nodes(ancestors, order), order, axis=2)
     S = initial_state.reshape(rows, H, Hv // H, dk, dv)
     total = jnp.einsum("bij,bjh->bhi", mask.astype(jnp.float32), g, precision="highest")
-    # Masked before the exponential: from a node to one that is not its ancestor the difference may overflow.
-    pair = jnp.exp(jnp.where(mask[:, None], total[..., :, None] - total[..., None, :], -jnp.inf))
+    pair = path_decays(mask, total)
     pair, out = pair.reshape(rows, H, -1, W, W), jnp.exp(total).reshape(rows, H, -1, W)
     q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
     v = jnp.moveaxis(v.reshape(rows, W, H, -1, dv), 1, 3)

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require_shape
 from pallas_kernels.precision import contract
+from pallas_kernels.ssd.checks import require_inputs
+from pallas_kernels.tree import live_values, path_sums, state_after
 
 
 class Factors(NamedTuple):
@@ -60,23 +62,13 @@ def ssd_window(
     Raises:
         ValueError: a shape or ``implementation`` is not as above, or G does not divide H.
     """
-    require(x.ndim == 4, "x.shape", x.shape, "four dimensions [B, W, H, P]")
+    require_inputs(x, dt, A, B, C, D, "W")
     rows, W, H, P = x.shape
-    require_shape("dt", dt, (rows, W, H), "B, W, H")
-    require_shape("A", A, (H,), "H")
-    require(B.ndim == 4 and B.shape[:2] == (rows, W), "B.shape", B.shape, f"({rows}, {W}, G, N) [B, W, G, N]")
-    require_shape("C", C, B.shape, "B, W, G, N")
-    require(H % B.shape[2] == 0, "B.shape", B.shape, f"G (third) to divide H = {H}")
-    require_shape("D", D, (H,), "H")
     require_shape("ancestors", ancestors, (rows, W, W), "B, W, W")
     require_shape("initial_state", initial_state, (rows, H, P, B.shape[3]), "B, H, P, N")
-    live = jnp.diagonal(ancestors, axis1=1, axis2=2)
-    x32, dt, B, C = (
-        jnp.where(live.reshape(rows, W, *[1] * (v.ndim - 2)), v.astype(jnp.float32), 0) for v in (x, dt, B, C)
-    )
+    x32, dt, B, C = live_values(ancestors, x, dt, B, C)
     a = dt * A.astype(jnp.float32)
-    decay = jnp.einsum("bij,bjh->bih", ancestors.astype(jnp.float32), a, precision="highest")
-    factors = Factors(dt[..., None] * x32, B, decay)
+    factors = Factors(dt[..., None] * x32, B, path_sums(ancestors, a))
     options = {"ancestors": ancestors, "initial_state": initial_state.astype(jnp.float32)}
     module = dispatch.choose("ssd.window", implementation, factors, a, C, **options)
     y = module.run(factors, a, C, **options)
@@ -102,11 +94,9 @@ def ssd_commit(
     G, N = factors.B.shape[2:]
     require_shape("accepted", accepted, (rows, W), "B, W")
     require_shape("initial_state", initial_state, (rows, H, P, N), "B, H, P, N")
-    initial_state = initial_state.astype(jnp.float32)
-    # Log decays are at most 0, so the path's last node has the least sum; no path: 0.
-    last = jnp.min(jnp.where(accepted[..., None], factors.decay, 0), axis=1)
-    share = jnp.exp(jnp.where(accepted[..., None], last[:, None] - factors.decay, -jnp.inf))
-    weighted = (share[..., None] * factors.xb).reshape(rows, W, G, -1)
-    new = contract("bjgm,bjgn->bgmn", weighted, factors.B).reshape(initial_state.shape)
-    new = jnp.exp(last)[..., None, None] * initial_state + new
-    return jnp.where(jnp.any(accepted, axis=1)[:, None, None, None], new, initial_state)
+
+    def written(weights: Array) -> Array:
+        weighted = (weights[..., None] * factors.xb).reshape(rows, W, G, -1)
+        return contract("bjgm,bjgn->bgmn", weighted, factors.B).reshape(initial_state.shape)
+
+    return state_after(factors.decay, accepted, initial_state, written)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from pallas_kernels.precision import contract
+from pallas_kernels.tree import path_decays
 
 REASON = "masked matmuls fused by XLA; no GPU kernel of this op is present"
 
@@ -18,8 +19,7 @@ def run(factors, a, C, *, ancestors, initial_state):
     G = B.shape[2]
     B, C = B.swapaxes(1, 2), C.swapaxes(1, 2)
     S = S.swapaxes(1, 2)
-    # Masked before the exponential: from a node to one that is not its ancestor the difference may overflow.
-    pair = jnp.exp(jnp.where(ancestors[:, None], S[..., :, None] - S[..., None, :], -jnp.inf))
+    pair = path_decays(ancestors, S)
     scores = contract("bgin,bgjn->bgij", C, B)[:, :, None] * pair.reshape(rows, G, H // G, W, W)
     heads = xb.swapaxes(1, 2)
     y = contract("bhij,bhjp->bhip", scores.reshape(rows, H, W, W), heads)

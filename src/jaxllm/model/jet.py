@@ -14,8 +14,8 @@ from jaxllm.model.delta import HeadNorm, scan_inputs
 from jaxllm.model.initial import a_log, dt_bias
 from jaxllm.model.layers import Linear, parameter
 from jaxllm.model.recurrent import Ops, Pass, Recurrent
+from pallas_kernels.causal_conv.window import causal_conv_window
 from pallas_kernels.dynamic_conv import dynamic_conv
-from pallas_kernels.dynamic_conv.window import dynamic_conv_window
 from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.gated_delta.window import gated_delta_commit, gated_delta_window
 
@@ -54,7 +54,7 @@ class Jet(Recurrent):
     Shapes: H heads, dk and dv their widths. What is kept between tokens is v before its convolution.
     """
 
-    ops = Ops(dynamic_conv, dynamic_conv_window, gated_delta, gated_delta_window, gated_delta_commit)
+    ops = Ops(dynamic_conv, causal_conv_window, gated_delta, gated_delta_window, gated_delta_commit)
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         j = cfg.jet
