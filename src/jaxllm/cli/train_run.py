@@ -9,7 +9,7 @@ import yaml
 
 from jaxllm.cli import field_types, overrides
 from jaxllm.cli.errors import UserError
-from jaxllm.config import ConfigError, ModelConfig, decode, positive
+from jaxllm.config import ConfigError, ModelConfig, decode, positive_fields
 from jaxllm.generation.folders import load_config
 from jaxllm.presets import preset
 from jaxllm.train.optim import OptimConfig
@@ -50,8 +50,7 @@ class DataConfig:
     evaluation_tokens: int = 65536
 
     def __post_init__(self) -> None:
-        names = ("vocab_size", "batch_size", "seq_len", "evaluation_tokens")
-        positive(**{f"data.{name}": getattr(self, name) for name in names})
+        positive_fields(self, "data", "vocab_size", "batch_size", "seq_len", "evaluation_tokens")
         if self.prefetch < 0:
             raise ConfigError(f"data.prefetch={self.prefetch}: must be at least 0")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.batch import PackedBatch
-from jaxllm.config import ModelConfig, positive, require
+from jaxllm.config import ModelConfig, one_of, positive, require
 from jaxllm.linear import Context
 from jaxllm.model.functional import Params, merge
 from jaxllm.train import balance
@@ -53,7 +53,7 @@ class StepSettings:
         if self.mtp_depths is not None:
             positive(mtp_depths=self.mtp_depths)
         require(self.mtp_scale >= 0, "mtp_scale", self.mtp_scale, "must be at least 0")
-        require(self.remat in ("none", "layer", "dots"), "remat", self.remat, "none, layer or dots")
+        one_of("remat", self.remat, "none", "layer", "dots")
         for name in ("z_loss", "balance_loss", "bias_rate"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
         require(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jaxllm.cli import field_types, overrides
 from jaxllm.cli.errors import UserError
-from jaxllm.config import ModelConfig, decode, positive, require
+from jaxllm.config import ModelConfig, decode, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Settings:
             evaluations=self.evaluations,
             evaluation_tokens=self.evaluation_tokens,
         )
-        require(
-            self.matmul in ("auto", "bfloat16", "compute"), "matmul", self.matmul, "auto, bfloat16 or compute"
-        )
+        one_of("matmul", self.matmul, "auto", "bfloat16", "compute")
 
 
 # Model and precision were chosen by CPU time per token; batch, rate and schedule were not searched.
