@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxllm.cli import overrides
 from jaxllm.cli.errors import UserError
-from jaxllm.cli.loss_curve import bits_per_nat, draw
+from jaxllm.cli.loss_curve import bits_per_nat, draw, read_points
 from jaxllm.cli.precision import precision_for
 from jaxllm.cli.quickstart import Args, report
 from jaxllm.cli.quickstart.baselines import Baseline, measure_baselines, seen_documents
@@ -203,7 +203,15 @@ def test_picture(tmp_path):
         lines={"gzip": 4.5, "xz": 3.9},
     )
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert draw(tmp_path / "empty.png", [], [], title="nothing yet").is_file()
+    empty = draw(tmp_path / "empty.png", [], [], title="nothing yet")
+    metrics = [{"step": 1, "loss": 8.0, "imbalance": 1.5}, {"step": 1, "validation_loss": 7.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    read = read_points(tmp_path / "metrics.jsonl", 100)
+    assert read == {"loss": [(100, 8)], "validation_loss": [(100, 7)], "imbalance": [(100, 1.5)]}
+    sparse = draw(tmp_path / "sparse.png", read["loss"], [], title="experts", loads=read["imbalance"])
+    # Width and height of the PNG: the load has a panel of its own.
+    with_load, without = (picture.read_bytes()[16:24] for picture in (sparse, empty))
+    assert int.from_bytes(with_load[4:]) > int.from_bytes(without[4:]) and with_load[:4] == without[:4]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -13,7 +13,6 @@ from jaxllm.config import ConfigError, MoEConfig, MTPConfig
 from jaxllm.model.functional import flatten, init_params, map_named, merge
 from jaxllm.model.moe import balance as balance_of
 from jaxllm.train.balance import BIAS, corrected, imbalance
-from jaxllm.train.plots import loss_curve
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.state import init_state
 from jaxllm.train.step import StepSettings, gradients, make_train_step
@@ -186,7 +185,7 @@ def deeper(batch: Any) -> Any:
     return arrays.replace(targets=jnp.asarray(np.stack(targets, axis=-1)))
 
 
-def test_resumed_is_uninterrupted_and_the_load_is_logged_and_drawn(tmp_path: Path) -> None:
+def test_resumed_is_uninterrupted_and_the_load_is_logged(tmp_path: Path) -> None:
     cfg = tiny_config("E-", moe=MoEConfig(4, 1, 8))
 
     def run(steps: int, folder: Path) -> Any:
@@ -203,10 +202,6 @@ def test_resumed_is_uninterrupted_and_the_load_is_logged_and_drawn(tmp_path: Pat
     assert all(1 <= row["imbalance"] <= 4 and row["balance_loss"] > 0 for row in rows)
     plain = fit(tiny_config("-"), constant_lr(), TinyLoader(), TrainSettings(steps=1), folder=tmp_path / "c")
     assert plain.step == 1 and "imbalance" not in read_jsonl(tmp_path / "c" / "metrics.jsonl")[0]
-    pictures = [loss_curve(tmp_path / n / "metrics.jsonl", tmp_path / f"{n}.png") for n in "bc"]
-    with_load, without = (picture.read_bytes()[16:24] for picture in pictures)
-    # Width and height of the PNG: the load has a panel of its own.
-    assert int.from_bytes(with_load[4:]) > int.from_bytes(without[4:]) and with_load[:4] == without[:4]
 
 
 def test_settings_name_the_field() -> None:

@@ -5,7 +5,18 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+from jaxllm.train.writers import read_jsonl
+
 Points = Sequence[tuple[float, float]]
+
+
+def read_points(metrics: Path, tokens_per_step: int) -> dict[str, list[tuple[float, float]]]:
+    """``loss``, ``validation_loss`` and ``imbalance`` of a run over tokens seen; empty where it has none."""
+    rows = read_jsonl(metrics)
+    return {
+        kind: [(float(row["step"] * tokens_per_step), row[kind]) for row in rows if row.get(kind) is not None]
+        for kind in ("loss", "validation_loss", "imbalance")
+    }
 
 
 def draw(
@@ -14,16 +25,18 @@ def draw(
     validation: Points,
     *,
     title: str,
+    loads: Points = (),
     bits_per_nat: float | None = None,
     lines: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw losses over tokens seen.
+    """Draw losses over tokens seen, and the imbalance of experts below them.
 
     Args:
         path: of the PNG.
         train: (tokens seen, nats per token).
         validation: (tokens seen, nats per token).
         title: above the picture.
+        loads: (tokens seen, load of the busiest expert over the mean); none: no panel of theirs.
         bits_per_nat: bits per byte of one nat per token; adds the second scale.
         lines: horizontal lines by label, in nats per token.
 
@@ -34,9 +47,13 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 6.5 if loads else 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, *below = figure.subplots(2 if loads else 1, squeeze=False)[:, 0]
+    for lower in below:
+        lower.plot(*zip(*loads), color="#2c5f9e", linewidth=1)
+        lower.set(xlabel="tokens seen", ylabel="busiest expert / mean load")
+        lower.grid(alpha=0.25)
     if train:
         axes.plot(*zip(*train), color="#9db8d9", linewidth=1, label="training")
         axes.plot(*zip(*_smooth(train)), color="#2c5f9e", linewidth=1.6, label="training, smoothed")

@@ -6,7 +6,7 @@ from rich.console import Console
 from jaxllm import hf
 from jaxllm.cli import machine
 from jaxllm.cli.display import bold, count, duration, make_console, number, short, table
-from jaxllm.cli.loss_curve import draw
+from jaxllm.cli.loss_curve import draw, read_points
 from jaxllm.cli.model_parts import parameter_count
 from jaxllm.cli.precision import device_precision
 from jaxllm.cli.quickstart.report import write
@@ -21,7 +21,6 @@ from jaxllm.generation.folders import load
 from jaxllm.model.functional import LanguageModel, Params, stack
 from jaxllm.train.settings import FitResult
 from jaxllm.train.trainer import fit
-from jaxllm.train.writers import read_jsonl
 
 
 def model_for(run: TrainRun, data: PreparedData) -> ModelConfig:
@@ -156,14 +155,14 @@ def _close(
             "figures": figures,
         },
     )
-    rows = read_jsonl(run.out / "metrics.jsonl")
-    per_step = run.data.batch_size * run.data.seq_len
-    lines = {
-        kind: [(float(r["step"] * per_step), r[kind]) for r in rows if r.get(kind) is not None]
-        for kind in ("loss", "validation_loss")
-    }
+    points = read_points(run.out / "metrics.jsonl", run.data.batch_size * run.data.seq_len)
     draw(
-        run.out / "loss.png", lines["loss"], lines["validation_loss"], title=str(run.out), bits_per_nat=scale
+        run.out / "loss.png",
+        points["loss"],
+        points["validation_loss"],
+        title=str(run.out),
+        loads=points["imbalance"],
+        bits_per_nat=scale,
     )
     made = table("measured", "", right=(1,))
     made.add_row(

@@ -6,13 +6,12 @@ from typing import Any
 
 from jaxllm.cli import machine
 from jaxllm.cli.display import duration
-from jaxllm.cli.loss_curve import draw
+from jaxllm.cli.loss_curve import draw, read_points
 from jaxllm.cli.quickstart import Args, report
 from jaxllm.cli.quickstart.baselines import Baseline
 from jaxllm.cli.quickstart.record import Record
 from jaxllm.config import ModelConfig
 from jaxllm.data.prepare import PreparedData
-from jaxllm.train.writers import read_jsonl
 
 
 def inputs(args: Args, record: Record, cfg: ModelConfig, data: PreparedData) -> dict[str, Any]:
@@ -40,23 +39,20 @@ def measured(outcome: report.Outcome, baselines: list[Baseline]) -> dict[str, An
 
 def picture(folder: Path, record: Record, outcome: report.Outcome, baselines: list[Baseline]) -> Path:
     """The loss curve of the run in ``folder``, drawn into it."""
-    rows = read_jsonl(folder / "metrics.jsonl")
     per_step = record.settings.batch_size * record.settings.seq_len
-
-    def points(kind: str) -> list[tuple[float, float]]:
-        return [(r["step"] * per_step, r[kind]) for r in rows if r.get(kind) is not None]
-
+    points = read_points(folder / "metrics.jsonl", per_step)
     # The last partial evaluation stands at the same step as the whole one.
     validation = [
         (0, outcome.loss_before),
-        *points("validation_loss")[:-1],
+        *points["validation_loss"][:-1],
         (outcome.steps * per_step, outcome.loss_after),
     ]
     return draw(
         folder / "loss.png",
-        points("loss"),
+        points["loss"],
         validation,
         title=f"{outcome.parameters:,} parameters, {duration(outcome.train_seconds)} of training",
+        loads=points["imbalance"],
         bits_per_nat=outcome.bits_per_nat,
         lines={b.label: b.bits_per_byte / outcome.bits_per_nat for b in baselines},
     )
