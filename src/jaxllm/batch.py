@@ -28,7 +28,6 @@ class PackedBatch:
             one segment, in slot r: the cache is then read as a slice, not gathered.
         targets: i32[B, T, Q]; the token Q steps ahead, -1 where there is none.
         loss_mask: f32[B, T]; weight of each position's loss.
-        adapter_ids: i32[B, n]; one adapter per segment.
         parents: i32[B, W]; in a window, each node's parent among its row's nodes, -1: the committed tokens. None: a
             chain.
     """
@@ -39,7 +38,6 @@ class PackedBatch:
     slots: Leaf = None
     targets: Leaf = None
     loss_mask: Leaf = None
-    adapter_ids: Leaf = None
     parents: Leaf = None
 
     @property

@@ -14,7 +14,7 @@ from pallas_kernels.precision import contract
 
 @dataclass(frozen=True)
 class Context:
-    """What a call carries beside its arrays; everything but ``adapter_ids`` and ``rng`` is static.
+    """What a call carries beside its arrays; everything but ``rng`` is static.
 
     Attributes:
         precision: dtypes of the run.
@@ -22,7 +22,6 @@ class Context:
         remat: "none", "layer" (keep layer inputs only) or "dots" (keep matrix products as well).
         kv_bound: cached positions that attention reads (a bucket over every row's length); None: all.
         implementation: of the kernels; "auto" lets the dispatcher choose.
-        adapter_ids: i32[B, n] for multi-adapter weights.
         rng: key for stochastic weights.
     """
 
@@ -31,7 +30,6 @@ class Context:
     remat: str = "none"
     kv_bound: int | None = None
     implementation: str = "auto"
-    adapter_ids: Any = None
     rng: Any = None
 
 
@@ -61,7 +59,7 @@ def linear(
     Args:
         x: activations.
         w: plain weights [in, out], or a :class:`Weight`.
-        ctx: precision, adapter ids, rng.
+        ctx: precision, rng.
         out_dtype: of the result; None takes that of ``x``.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype

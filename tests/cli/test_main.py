@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.cli import main
-from jaxllm.cli.errors import UserError, did_you_mean, explain
+from jaxllm.cli.errors import UserError, explain
 from jaxllm.config import ConfigError
 from jaxllm.data.errors import CorpusError
 from tests.cli.conftest import subprocess_environment
@@ -139,11 +139,6 @@ def test_ctrl_c_is_not_an_error_report(monkeypatch, cli):
     monkeypatch.setattr(doctor, "run", interrupt)
     shown = cli("doctor")
     assert shown.code == 130 and "Traceback" not in shown.err
-
-
-def test_did_you_mean():
-    assert "'quickstart'" in did_you_mean("quikstart", main.COMMANDS)
-    assert did_you_mean("zzz", main.COMMANDS) == ""
 
 
 def test_preparation_keeps_what_the_user_has_set(monkeypatch, tmp_path):

@@ -74,18 +74,6 @@ def test_batches_of_texts_do_not_change_the_tokens(spec, tmp_path, monkeypatch):
     assert tokenize(data.corpus.train, data.tokenizer, tmp_path / "b").fingerprint == data.train.fingerprint
 
 
-def test_a_subset_is_whole_documents_but_the_last():
-    from tests.data.corpora import numbered_corpus
-
-    corpus = numbered_corpus([5, 9, 3, 8, 2])
-    part = corpus.subset(14, seed=1)
-    assert len(part) == 14 and corpus.subset(27) is corpus
-    whole = {tuple(corpus.document(index)) for index in range(5)}
-    assert {tuple(part.document(index)) for index in range(part.n_documents - 1)} <= whole
-    assert part.tokens.tolist() == corpus.subset(14, seed=1).tokens.tolist()
-    assert len({tuple(corpus.subset(14, seed=seed).tokens) for seed in range(8)}) > 2
-
-
 def test_importing_the_package_stays_light():
     code = (
         "import sys, jaxllm.data.loader, jaxllm.data.prepare, jaxllm.measure.ngram\n"

@@ -1,8 +1,6 @@
 """A user's mistake as one friendly message: the argument, what was given, what is allowed, what to do."""
 
-import difflib
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -19,12 +17,6 @@ class UserError(ValueError):
     def __init__(self, argument: str, given: Any, allowed: str, hint: str = ""):
         super().__init__(f"{argument}={given!r}: {allowed}" + (f". {hint}" if hint else ""))
         self.argument, self.given, self.allowed, self.hint = argument, given, allowed, hint
-
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known word, or an empty string."""
-    close = difflib.get_close_matches(given, list(known), n=1)
-    return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def explain(error: BaseException) -> list[str] | None:

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 
 from jaxllm.data.errors import DataError
-from jaxllm.data.order import seeded_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,23 +61,6 @@ class TokenCorpus:
     def document(self, index: int) -> np.ndarray:
         """Token ids of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    def subset(self, n_tokens: int, seed: int = 0) -> "TokenCorpus":
-        """A random sample of documents with this many tokens in all; the last one is cut short.
-
-        Args:
-            n_tokens: a corpus that has no more is returned as it is.
-            seed: of the documents' order.
-        """
-        if n_tokens >= len(self):
-            return self
-        left, picked = n_tokens, []
-        for index in seeded_order(self.n_documents, seed):
-            if left <= 0:
-                break
-            picked.append(self.document(int(index))[:left])
-            left -= len(picked[-1])
-        return TokenCorpus.from_documents(picked, self.vocab_size)
 
     @classmethod
     def from_documents(

@@ -1,6 +1,5 @@
 """One training step: a pure function of (state, batch, plan), compiled once, its state donated."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -266,9 +265,6 @@ def scored_tokens(batch: PackedBatch) -> jax.Array:
     if batch.loss_mask is not None:
         scored &= batch.loss_mask > 0
     return jnp.sum(scored, dtype=jnp.int32)
-
-
-TrainStep = Callable[[TrainState, PackedBatch, TrainPlan | None], tuple[TrainState, Metrics]]
 
 
 def make_train_step(

@@ -4,19 +4,10 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jaxllm.config import ConfigError
 from jaxllm.train.events import EvalEvent, Event, StepEvent
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """Takes events; ``close`` flushes."""
-
-    def __call__(self, event: Event) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def scalars(event: StepEvent | EvalEvent) -> dict[str, float]:
