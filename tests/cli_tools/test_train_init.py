@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from jaxllm import ConfigError, LanguageModel, hf, load
+from jaxllm.cli import train_session
 from jaxllm.cli.train_run import build, read
+from jaxllm.data.tokenizer import Tokenizer
 
 SETTINGS = {"trainer": {"steps": 2, "tensorboard": False}, "optim": {"lr": 1e-9, "warmup_steps": 1}}
 
@@ -47,6 +49,39 @@ def test_the_model_is_the_folders(cli, folder, tmp_path, source):
     assert run.model.replace(precision=load(folder).cfg.precision) == load(folder).cfg
     (tmp_path / "again.yaml").write_text(run.to_yaml())
     assert read(tmp_path / "again.yaml") == run
+
+
+class Handed(Exception):
+    """What the trainer was called with, instead of training."""
+
+
+@pytest.mark.parametrize("source", ["hf", "run"])
+def test_the_trainer_is_handed_the_folders_weights_and_nothing_else(
+    cli, config, folder, tmp_path, monkeypatch, source
+):
+    """No checkpoint in the new folder: an optimiser's state or a step count would come from one."""
+    place = folder
+    if source == "run":
+        place = tmp_path / "run"
+        assert cli("convert", folder, place).code == 0
+
+    def fit(cfg, optim, loader, settings, *, folder, params, **_):
+        loader.close()
+        raise Handed(cfg, folder, params)
+
+    monkeypatch.setattr(train_session, "fit", fit)
+    with pytest.raises(Handed) as handed:
+        train_session.train(read(config, [f"out={tmp_path / 'out'}"], init=place))
+    cfg, out, params = handed.value.args
+    start = load(folder)
+    assert cfg.replace(precision=start.cfg.precision) == start.cfg
+    jax.tree.map(np.testing.assert_array_equal, params, start.params)
+    assert sorted(file.name for file in out.iterdir()) == [
+        "run.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert Tokenizer.load(out).fingerprint == start.tokenizer.fingerprint
 
 
 def test_mistakes_are_named(cli, config, folder, model, tmp_path):

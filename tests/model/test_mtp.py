@@ -47,8 +47,8 @@ def objective(p: Any, batch: PackedBatch, blocks: int = 1, remat: str = "none") 
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
-def alone(p: Any, tokens: Any, length: Any, blocks: int) -> Any:
-    """Nats of every depth of one document at the start of its row, by shifting the row; no targets, no packing."""
+def alone(p: Any, tokens: Any, length: Any, weights: Any, blocks: int) -> Any:
+    """Weighted nats of every depth of one document at the start of its row, by shifting the row; no targets, no packing."""
     model = merge(CFG.replace(mtp=MTPConfig("*-", blocks)), p)
     index = jnp.arange(len(tokens))
     h, _ = model.hidden(PackedBatch.from_rows(tokens[None], lengths=length[None]))
@@ -59,6 +59,7 @@ def alone(p: Any, tokens: Any, length: Any, blocks: int) -> Any:
             h, _ = model.predict(h, read, depth=depth)
         log_p = jax.nn.log_softmax(model.head(h)[0])
         picked = jnp.take_along_axis(log_p, jnp.roll(tokens, -depth - 1)[:, None], axis=1)[:, 0]
+        picked *= jnp.roll(weights, -depth)
         nats.append(-jnp.sum(jnp.where(index < length - depth - 1, picked, 0)))
     return jnp.stack(nats)
 
@@ -69,7 +70,7 @@ def by_hand(p: Any, documents: list[np.ndarray], blocks: int = 1) -> tuple[float
     for document in documents:
         row = np.zeros(LONGEST, np.int32)
         row[: len(document)] = document
-        total += np.asarray(alone(p, row, np.int32(len(document)), blocks))
+        total += np.asarray(alone(p, row, np.int32(len(document)), np.ones(LONGEST, np.float32), blocks))
         counts += np.maximum(0, len(document) - 1 - np.arange(DEPTHS + 1))
     further = np.mean(total[1:] / np.maximum(counts[1:], 1)) * counts[0]
     return float(total[0]), float(further), int(counts[0])
@@ -134,6 +135,41 @@ def test_a_draft_is_one_position_without_context() -> None:
         lambda name, v: jnp.roll(v, CFG.hidden_size, 0) if name.endswith("eh_proj.weight") else v, params()
     )
     assert np.abs(predict(flipped, h, read) - predict(params(), h, read)).max() > 1e-2
+
+
+def test_a_target_has_one_weight_at_every_depth() -> None:
+    """It is that of the position whose next token the target is."""
+    rng = np.random.default_rng(8)
+    tokens = rng.integers(0, VOCAB, LONGEST).astype(np.int32)
+    weights = rng.uniform(0.1, 2, LONGEST).astype(np.float32)
+    batch = batch_of([tokens], LONGEST)
+    _, sums = objective(params(), batch.replace(loss_mask=batch.loss_mask * weights))
+    nats = np.asarray(alone(params(), tokens, np.int32(LONGEST), weights, 1))
+    totals = np.array([weights[depth : LONGEST - 1].sum() for depth in range(DEPTHS + 1)])
+    np.testing.assert_allclose([sums.nats, sums.weight], [nats[0], totals[0]], rtol=2e-5)
+    np.testing.assert_allclose(sums.mtp, np.mean(nats[1:] / totals[1:]) * totals[0], rtol=2e-5)
+
+
+def test_a_block_by_hand() -> None:
+    """Both inputs are normed before the projection, the embedding first, and the outcome behind the last sub-block."""
+    cfg = tiny_config("-", mtp=MTPConfig("-"))
+    rng = np.random.default_rng(7)
+    p = map_named(lambda _, v: v + 0.3 * rng.standard_normal(v.shape).astype(v.dtype), init_params(cfg))
+    w = {name: np.asarray(leaf, np.float64) for name, leaf in flatten(p).items()}
+    h = rng.standard_normal((1, 4, cfg.hidden_size)).astype(np.float32)
+    tokens = np.array([[9, 4, 7, 4]])
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        mean = np.mean(np.square(x), axis=-1, keepdims=True)
+        return x / np.sqrt(mean + cfg.norm_eps) * w[f"mtp.0.{name}.weight"]
+
+    e = w["embed.weight"][tokens]
+    pair = np.concatenate([norm(e, "enorm"), norm(h.astype(np.float64), "hnorm")], axis=-1)
+    u = pair @ w["mtp.0.eh_proj.weight"]
+    up = norm(u, "layers.0.norm") @ w["mtp.0.layers.0.mixer.up_proj.weight"]
+    u = u + np.square(np.maximum(up, 0)) @ w["mtp.0.layers.0.mixer.down_proj.weight"]
+    found = jax.jit(lambda p, h: merge(cfg, p).predict(h, PackedBatch.from_rows(tokens))[0])(p, h)
+    np.testing.assert_allclose(found, norm(u, "final_layernorm"), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_move_with_their_targets() -> None:

@@ -15,7 +15,7 @@ from jaxllm.model.moe import balance as balance_of
 from jaxllm.train.balance import BIAS, corrected, imbalance
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.state import init_state
-from jaxllm.train.step import StepSettings, gradients, make_train_step
+from jaxllm.train.step import StepSettings, batch_loss, gradients, make_train_step
 from jaxllm.train.trainer import fit
 from jaxllm.train.writers import read_jsonl
 from tests.train.tiny import TinyLoader, assert_identical, constant_lr, copied, tiny_batch, tiny_config
@@ -161,6 +161,9 @@ def test_experts_of_prediction_blocks_are_balanced_too(blocks: int) -> None:
     main, first, second = map(np.asarray, loads(before.params, batch))
     wanted = [main, first + second] if blocks == 1 else [main, first, second]
     settings = StepSettings(mtp_depths=2, bias_rate=0.01)
+    # The end of a document reads no next token, so it goes to no expert of a prediction block.
+    routing = jax.jit(lambda p, b: batch_loss(cfg, p, b, settings)[1].routing)(before.params, batch)
+    np.testing.assert_array_equal(routing.counts, np.stack(wanted))
     state, metrics = make_train_step(cfg, OPTIM, settings)(start, batch, None)
     old, new = flatten(before.params), flatten(state.params)
     names = ["layers.1", *(f"mtp.{block}.layers.0" for block in range(blocks))]

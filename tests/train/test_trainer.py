@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from jaxllm.train.memory import OutOfMemory
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.report import TrainingDiverged
 from jaxllm.train.settings import TrainSettings
+from jaxllm.train.state import state_of
+from jaxllm.train.step import make_train_step
 from jaxllm.train.trainer import fit
 from jaxllm.train.writers import read_jsonl
 from tests.train.tiny import TinyLoader, assert_identical
@@ -149,6 +152,12 @@ def test_starts_from_given_parameters(cfg, optim):
     kept = jax.tree.map(np.asarray, start.params)
     again, _ = run(cfg, optim, steps=1, params=start.params)
     assert_identical(start.params, kept)
+    # They are all that is taken over: what follows is the first step of a new optimiser.
+    first = make_train_step(cfg, replace(optim, total_steps=1))
+    state, _ = first(state_of(kept, optim), next(TinyLoader()), None)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), again.params, state.params
+    )
     fresh, _ = run(cfg, optim, steps=1)
     assert not np.array_equal(jax.tree.leaves(again.params)[0], jax.tree.leaves(fresh.params)[0])
 
