@@ -1,4 +1,5 @@
-"""Random mixtures of experts against live transformers models: any family, any shape, both directions."""
+"""Random mixtures of experts, and the attention of Jet-Nemotron, against live transformers models: any family, any shape,
+both directions."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
-FAMILIES = ("nemotron_h", "mixtral", "qwen3_moe")
+FAMILIES = ("nemotron_h", "mixtral", "qwen3_moe", "nemotron_latent", "qwen2")
 
 
 def random_config(family: str, seed: int) -> dict[str, Any]:
@@ -47,6 +48,18 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
             "mlp_only_layers": pick([], [0], [1]),
             "attention_bias": pick(True, False),
         }
+    if family == "qwen2":
+        # Jet-Nemotron's attention is Qwen2's: biases on q, k and v, windows in some layers.
+        return TRANSFORMER | {
+            "model_type": family,
+            "num_key_value_heads": int(pick(1, 2, 4)),
+            "head_dim": int(pick(12, 20)),
+            "intermediate_size": int(pick(40, 72)),
+            "use_sliding_window": True,
+            "sliding_window": int(rng.integers(4, 12)),
+            "max_window_layers": int(pick(0, 1)),
+            "tie_word_embeddings": pick(True, False),
+        }
     # Random order, an expert layer in any case, and attention: transformers' cache cannot do without. Groups of at least
     # two experts.
     letters = [*rng.choice(["M", "*", "-", "E"], 2).tolist(), "*", "E"]
@@ -58,7 +71,7 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
         "num_experts_per_tok": min(top_k, experts // groups),
         "moe_intermediate_size": width,
         "moe_shared_expert_intermediate_size": int(pick(16, 44)),
-        "moe_latent_size": pick(None, 20, 48),
+        "moe_latent_size": int(pick(20, 48)) if family == "nemotron_latent" else None,
         "n_group": groups,
         "topk_group": 1,
         "norm_topk_prob": pick(True, False),
@@ -97,6 +110,7 @@ def test_a_random_configuration_of_each_family(family: str, seed: int, tmp_path:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("number", range(20))
-def test_twenty_random_configurations(number: int, tmp_path: Path) -> None:
-    agrees(random_config(FAMILIES[number % 3], 100 + number), number, tmp_path)
+def test_twenty_random_configurations_of_each_family(family: str, number: int, tmp_path: Path) -> None:
+    agrees(random_config(family, 100 + number), number, tmp_path)
