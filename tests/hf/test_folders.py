@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxllm
 import jaxllm.hf as hf
-from jaxllm.config import Precision
+from jaxllm.config import ConfigError, Precision
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.generation.folders import load_config
 from jaxllm.model.functional import LanguageModel, flatten, init_params
 
 
@@ -105,6 +106,20 @@ def test_memory_names_are_accepted(folder: Any) -> None:
     assert all(
         np.array_equal(a, b) for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(expected.params))
     )
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+def test_a_folder_that_only_modelopt_marks_as_quantised_is_refused(folder: Any, algorithm: str) -> None:
+    source = folder("nemotron_h")
+    marker = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm, "group_size": 16}}
+    (source / "hf_quant_config.json").write_text(json.dumps(marker))
+    for read in (hf.load, jaxllm.load, load_config):
+        with pytest.raises(ConfigError, match=f"{algorithm!r}.*Give the folder"):
+            read(source)
+    for text, message in (("{", "hf_quant_config.json: is not JSON"), ("[]", "is no JSON object")):
+        (source / "hf_quant_config.json").write_text(text)
+        with pytest.raises(hf.CheckpointError, match=message):
+            hf.load(source)
 
 
 def test_precision_is_chosen_or_given(folder: Any) -> None:

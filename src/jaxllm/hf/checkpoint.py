@@ -34,14 +34,15 @@ OWN_FILES = re.compile(
     r"config\.json|generation_config\.json|tokenizer(_config)?\.json|chat_template\.jinja"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
+QUANTISED = "hf_quant_config.json"
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a folder.
+    """The config.json of a folder; a ``hf_quant_config.json`` beside it becomes its ``quantization_config``.
 
     Raises:
-        CheckpointError: no such folder, no config.json, or no JSON in it.
+        CheckpointError: no such folder, no config.json, or no JSON object in a file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,10 +53,21 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: has no config.json (found {found}); give the folder of a Hugging Face model"
         )
+    data = _json(file)
+    if data.get("quantization_config") is None and (folder / QUANTISED).is_file():
+        # ModelOpt's FP8 and NVFP4 folders say it in a file of their own.
+        data["quantization_config"] = _json(folder / QUANTISED).get("quantization") or {}
+    return data
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file}: is not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: is no JSON object")
+    return data
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:

@@ -62,11 +62,14 @@ def config_from_hf(data: dict[str, Any]) -> ModelConfig:
     fields = Fields(data, name)
     quantised = fields.get("quantization_config")
     if quantised is not None:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        method = quantised
+        if isinstance(quantised, dict):
+            # The second spelling is ModelOpt's.
+            method = quantised.get("quant_method") or quantised.get("quant_algo") or "unknown"
         raise ConfigError(
             f"quantization_config: the weights are stored quantised (quant_method {method!r}), and jaxllm reads float32, "
             "bfloat16 and float16 only. Give the folder of the same model in bfloat16 (released beside FP8 and NVFP4 "
-            "ones), or dequantise it with the tool that made it, save it and remove quantization_config"
+            "ones), or dequantise it with the tool that made it, save it and remove quantization_config (and hf_quant_config.json)"
         )
     cfg = FAMILIES[name].read(fields)
     fields.finish()
