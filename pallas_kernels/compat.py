@@ -1,0 +1,125 @@
+"""Every difference between the versions of JAX that the kernels run on (0.10.2 to 0.12), and all of ``jax.experimental``.
+
+``pl``, ``plgpu`` (Mosaic GPU), ``pltriton`` and ``topologies`` are attributes of this module, imported at their first
+use: no import of the library pays for Pallas where no kernel runs.
+"""
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+_LAZY = {
+    "pl": "jax.experimental.pallas",
+    "plgpu": "jax.experimental.pallas.mosaic_gpu",
+    "pltriton": "jax.experimental.pallas.triton",
+    "topologies": "jax.experimental.topologies",
+    "callbacks": "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks",
+}
+JAX = jax.__version__
+_VERSION = tuple(int(part) for part in JAX.split(".")[:2])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(_LAZY[name])
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(_LAZY[name])
+
+
+@dataclass(frozen=True)
+class Interpretation:
+    """How kernels traced under :func:`interpreted` run: on the CPU, with or without looking for races."""
+
+    races: bool = False
+
+
+# A user context is part of JAX's trace cache key: a function jitted inside is traced anew outside.
+_interpretation = jax.make_user_context(None)
+
+
+def interpreting() -> bool:
+    """Whether kernels traced now are interpreted; they then replace what no interpreter knows (see ``mosaic``)."""
+    return _interpretation.value is not None
+
+
+@contextlib.contextmanager
+def interpreted(races: bool = False) -> Iterator[None]:
+    """Kernels traced inside run in the interpreters of Pallas on the CPU.
+
+    The state of the Mosaic interpreter is reset on the way out: after an exception it would fail every later run.
+    """
+    with _interpretation(Interpretation(races)):
+        try:
+            yield
+        except BaseException:
+            reset_interpreter()
+            raise
+
+
+def _mosaic_interpreter() -> Any:
+    how = _interpretation.value
+    if how is None:
+        return False
+    plgpu = _module("plgpu")
+    if hasattr(plgpu, "InterpretGPUParams"):
+        params = plgpu.InterpretGPUParams
+    else:
+        params = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams
+    return params(detect_races=how.races)
+
+
+def reset_interpreter() -> None:
+    """Forget the shared memory and the races of earlier interpreted Mosaic kernels."""
+    _module("callbacks").reset_gpu_interpret_mode_state()
+
+
+def races_found() -> bool:
+    """Whether the last interpreted Mosaic kernel that looked for races has one; 0.12 raises RuntimeError instead."""
+    state = getattr(_module("callbacks"), "_races", None)
+    return bool(state is not None and state.races_found)
+
+
+# 0.10.2 sees no overwrite of a buffer that is still being read.
+RACES_ARE_SEEN = _VERSION >= (0, 11)
+
+
+def mosaic_kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:
+    """``plgpu.kernel(body, **options)``, interpreted under :func:`interpreted`; ``name`` stands in the lowered text."""
+    return _module("plgpu").kernel(body, kernel_name=name, interpret=_mosaic_interpreter(), **options)
+
+
+def triton_call(
+    body: Callable[..., None], *, name: str, num_warps: int = 4, num_stages: int = 3, **options: Any
+) -> Callable[..., Any]:
+    """``pl.pallas_call`` through Triton, said explicitly (the default backend differs between versions)."""
+    pl, pltriton = _module("pl"), _module("pltriton")
+    # Deprecated since 0.11, and the only way to gather rows by index on Hopper. It warns when lowered, so that the
+    # filter must outlast this call.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    params = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    return pl.pallas_call(body, name=name, compiler_params=params, interpret=interpreting(), **options)
+
+
+def load(ref: Any, *, layout: Any = None) -> jax.Array:
+    """``plgpu.load`` of a whole (sub-)ref; 0.10.2 wants an index, 0.12 refuses one."""
+    plgpu = _module("plgpu")
+    if _VERSION >= (0, 11):
+        return plgpu.load(ref, layout=layout)
+    return plgpu.load(ref, (), layout=layout)
+
+
+def abstract_device(kind: str, platform: str) -> contextlib.AbstractContextManager[Any]:
+    """Traces inside are for a device of this kind that need not exist; Triton lowers for none else since 0.11."""
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    cores = 132 if platform == "cuda" else 1
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))

@@ -1,0 +1,50 @@
+"""What Mosaic kernels are written with: matrix products and layouts that the interpreter does not know are replaced there.
+
+A record of an interpreted kernel therefore says "MMA path not executed": the tensor core instructions themselves run on
+a GPU only.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compat
+
+
+def mma(acc: jax.Array | None, a: Any, b: Any, *, transpose_b: bool = False) -> jax.Array:
+    """``acc + a @ b`` in float32 on the tensor cores of one warpgroup, waited for.
+
+    Args:
+        acc: [M, N] in registers, M a multiple of 64, N of 8 and at most 256; None: zeros.
+        a: [M, K], a ref in shared memory or a value in registers of layout WGMMA.
+        b: a ref in shared memory, [K, N], or [N, K] with ``transpose_b``.
+        transpose_b: contract the minor dimension of b.
+    """
+    rows, columns = a.shape[0], b.shape[0 if transpose_b else 1]
+    if compat.interpreting():
+        left, right = a[...], b[...]
+        # The reads above are the proxy's in hardware; without a fence a later TMA into b would count as a race.
+        compat.plgpu.commit_smem()
+        dims = (((1,), (1 if transpose_b else 0,)), ((), ()))
+        out = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+        return out if acc is None else acc + out
+    right = b.transpose((1, 0)) if transpose_b else b
+
+    def product(total: Any) -> Any:
+        compat.plgpu.wgmma(total, a, right)
+        return total[...] if acc is None else None
+
+    if acc is None:
+        return compat.pl.run_scoped(product, compat.plgpu.ACC((rows, columns), jnp.float32))
+    return compat.pl.run_state(product)(compat.plgpu.ACC.init(acc))
+
+
+def cast_layout(x: jax.Array, layout: Any) -> jax.Array:
+    """``plgpu.layout_cast``, nothing at all where interpreted."""
+    return x if compat.interpreting() else compat.plgpu.layout_cast(x, layout)
+
+
+def load(ref: Any, layout: Any = None) -> jax.Array:
+    """The value of a ref in registers of this layout; a plain read where interpreted."""
+    return ref[...] if compat.interpreting() else compat.load(ref, layout=layout)

@@ -1,0 +1,248 @@
+"""L2: cases compiled to sm_90a binaries on a machine without a GPU, each in a process that may crash.
+
+``python -m pallas_kernels.proof.aot [--op OP] [--case TEXT]`` prints one line per case and implementation; it needs the
+extra ``aot`` (the CUDA plugin of the same version as jax, and ptxas).
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
+
+ROOT = Path(__file__).parents[2]
+_ANSWER = "compiled: "
+_SECONDS = 300
+
+# What XLA wants to know of a device that is not there.
+H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+  platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200" """
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case for one implementation; ``module`` holds the list CASES."""
+
+    module: str
+    case: str
+    implementation: str
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What came of a job.
+
+    Attributes:
+        error: why it does not compile; None where it does.
+        kernels: of this implementation, in order.
+        temp_bytes: device memory beside arguments and results.
+    """
+
+    op: str
+    case: str
+    implementation: str
+    jax: str
+    error: str | None = None
+    seconds: float = 0.0
+    temp_bytes: int = 0
+    kernels: tuple[Kernel, ...] = field(default=())
+
+    def faults(self, registers: int) -> list[str]:
+        """Why this is a regression: it does not compile, has no kernel, spills, or takes more registers than allowed."""
+        if self.error is not None:
+            return [self.error]
+        if not self.kernels:
+            return [f"no kernel of {self.implementation} in the program"]
+        found = []
+        for kernel in self.kernels:
+            if kernel.spill_bytes:
+                found.append(f"{kernel.name} spills {kernel.spill_bytes} bytes")
+            if kernel.registers is not None and kernel.registers > registers:
+                found.append(f"{kernel.name} takes {kernel.registers} registers, more than {registers}")
+        return found
+
+
+def compile_jobs(jobs: Iterable[Job], python: str = sys.executable) -> Iterator[Compilation]:
+    """Every job compiled by child processes of ``python``; a job that ends its process does not end the others.
+
+    Raises:
+        RuntimeError: that Python cannot compile at all (no plugin, no ptxas); says why.
+    """
+    left = list(jobs)
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+    }
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    while left:
+        with tempfile.TemporaryFile("w+") as errors:
+            child = subprocess.Popen(
+                [python, "-m", "pallas_kernels.proof.aot", "--child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+            )
+            assert child.stdin is not None and child.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps([asdict(job) for job in left]))
+                child.stdin.close()
+            done = 0
+            for line in child.stdout:
+                if line.startswith(_ANSWER):
+                    answer = json.loads(line.removeprefix(_ANSWER))
+                    if "cannot" in answer:
+                        child.wait()
+                        raise RuntimeError(answer["cannot"])
+                    kernels = tuple(
+                        Kernel(**{**k, "notes": tuple(k["notes"])}) for k in answer.pop("kernels")
+                    )
+                    yield Compilation(**answer, kernels=kernels)
+                    done += 1
+            code = child.wait()
+            left = left[done:]
+            if left:
+                errors.seek(0)
+                words = errors.read().strip().splitlines()[-1:] or ["without a word"]
+                job = left.pop(0)
+                op = job.module.split(".")[-2]
+                yield Compilation(
+                    op, job.case, job.implementation, "", error=f"the compiler died ({code}): {words[0]}"
+                )
+
+
+def _mesh() -> Any:
+    """A mesh of one H200 that is not there."""
+    from pallas_kernels import compat
+
+    topology = compat.topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    return compat.topologies.make_mesh(topology, (1,), ("x",))
+
+
+def _compile(case: Any, implementation: str, mesh: Any) -> Compilation:
+    import jax
+
+    from pallas_kernels import compat
+    from pallas_kernels.proof.lowering import require_kernel, triton_names
+
+    start = time.perf_counter()
+    found = Compilation(case.op, case.name, implementation, compat.JAX)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        avals = {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
+            for name, a in case.avals().items()
+        }
+        try:
+            with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
+                call = case.call(implementation)
+                lowered = jax.jit(lambda arrays: call(arrays)).lower(avals)
+                text = lowered.as_text()
+                require_kernel(text, implementation)
+                dump: dict[str, Any] = {"xla_dump_to": f"{folder}/xla"} if implementation == "triton" else {}
+                memory: Any = lowered.compile(compiler_options=dump).memory_analysis()
+            if implementation == "triton":
+                kernels = triton_kernels(Path(folder, "xla"), triton_names(text))
+            else:
+                kernels = mosaic_kernels(Path(folder))
+        except Exception as error:
+            return replace(found, error=f"{type(error).__name__}: {error}".strip()[:600])
+        finally:
+            os.environ.pop("MOSAIC_GPU_DUMP_TO", None)
+    return replace(
+        found,
+        seconds=round(time.perf_counter() - start, 2),
+        temp_bytes=memory.temp_size_in_bytes,
+        kernels=tuple(kernels),
+    )
+
+
+def _child() -> None:
+    """Answer the jobs of stdin, one line each."""
+    jobs = [Job(**job) for job in json.load(sys.stdin)]
+
+    def answer(value: dict[str, Any]) -> None:
+        print(_ANSWER + json.dumps(value), flush=True)
+
+    try:
+        mesh = _mesh()
+    except Exception as error:
+        answer({"cannot": f"no CUDA compiler for this Python: {type(error).__name__}: {error}"[:400]})
+        return
+    for job in jobs:
+        case = next(c for c in importlib.import_module(job.module).CASES if c.name == job.case)
+        answer(asdict(_compile(case, job.implementation, mesh)))
+
+
+def jobs(op: str | None = None, text: str = "") -> list[Job]:
+    """Every case whose name holds ``text``, once per implementation."""
+    from pallas_kernels.cases import cases
+
+    return [
+        Job(f"pallas_kernels.{case.op}.cases", case.name, implementation)
+        for case in cases(op)
+        if text in case.name
+        for implementation in case.implementations
+    ]
+
+
+def main() -> int:
+    """Compile and print; 1 where something is a regression, 77 where nothing could be compiled."""
+    from pallas_kernels.cases import cases
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--op", help="one op; all by default")
+    parser.add_argument("--case", default="", help="only cases whose name holds this text")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter that has jax and its CUDA plugin"
+    )
+    options = parser.parse_args()
+    if options.child:
+        _child()
+        return 0
+    ceilings = {(case.op, case.name): case.registers for case in cases(options.op)}
+    failed = False
+    try:
+        for done in compile_jobs(jobs(options.op, options.case), options.python):
+            faults = done.faults(ceilings[done.op, done.case])
+            failed |= bool(faults)
+            print(f"{done.op} | {done.case} | {done.implementation} | jax {done.jax} | {done.seconds} s")
+            for kernel in done.kernels:
+                print(
+                    f"    {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} B spilled, "
+                    f"{kernel.shared_bytes} B shared, {kernel.wgmma} wgmma, {kernel.tma} TMA"
+                )
+                for note in kernel.notes:
+                    print(f"      {note}")
+            for fault in faults:
+                print(f"    FAULT: {fault}")
+    except RuntimeError as error:
+        print(error)
+        return 77
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

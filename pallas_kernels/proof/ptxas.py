@@ -1,0 +1,113 @@
+"""What the assembler says of compiled kernels: registers, spills, shared memory, and which instructions stand in them."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+_FUNCTION = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_STATIC = re.compile(r"(\d+) bytes smem")
+_LAUNCH = re.compile(r"dynamic_shared_memory_size %c(\d+)")
+_THUNK = re.compile(r"kCustomKernel \[[^\]]*\] (\S+) .*shared_memory: (\d+) bytes")
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)")
+_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    Attributes:
+        name: of the kernel.
+        registers: per thread at entry; a kernel may hand them between warpgroups afterwards.
+        spill_bytes: stores and loads together.
+        shared_bytes: static and dynamic.
+        wgmma: tensor core instructions in its PTX.
+        tma: bulk tensor copies in its PTX.
+        notes: warnings of the assembler, e.g. that it had to wait for each tensor core instruction, and why a figure
+            is None.
+    """
+
+    name: str
+    registers: int | None
+    spill_bytes: int | None
+    shared_bytes: int | None
+    wgmma: int | None
+    tma: int | None
+    notes: tuple[str, ...] = ()
+
+
+def ptxas() -> str | None:
+    """The assembler of the installed packages, or of a CUDA toolkit."""
+    packaged = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "ptxas"
+    return str(packaged) if packaged.is_file() else shutil.which("ptxas")
+
+
+def _kernel(report: str, ptx: str, dynamic: int | None) -> Kernel:
+    function, spills, registers = (p.search(report) for p in (_FUNCTION, _SPILLS, _REGISTERS))
+    if function is None or spills is None or registers is None:
+        raise ValueError(f"no report of ptxas: {report[:200]!r}")
+    static = _STATIC.search(report)
+    own = int(static[1]) if static else 0
+    notes = tuple(
+        dict.fromkeys(
+            line.split(":", 1)[-1].strip()
+            for line in report.splitlines()
+            if "warning" in line.lower() or "Potential Performance Loss" in line
+        )
+    )
+    return Kernel(
+        name=function[1].removesuffix("_mosaic_gpu_kernel"),
+        registers=int(registers[1]),
+        spill_bytes=int(spills[2]) + int(spills[3]),
+        # Mosaic declares one static byte that stands for the dynamic allocation.
+        shared_bytes=own if dynamic is None else dynamic,
+        wgmma=ptx.count(_INSTRUCTIONS["wgmma"]),
+        tma=ptx.count(_INSTRUCTIONS["tma"]),
+        notes=notes,
+    )
+
+
+def mosaic_kernels(folder: Path) -> list[Kernel]:
+    """The Mosaic kernels that were dumped into a folder (``MOSAIC_GPU_DUMP_TO``)."""
+    found = []
+    for report in sorted(folder.glob("*.ptxas")):
+        log = report.with_suffix(".mlir-passes.log")
+        dynamic = _LAUNCH.search(log.read_text(errors="replace")) if log.is_file() else None
+        ptx = report.with_suffix(".ptx").read_text(errors="replace")
+        found.append(_kernel(report.read_text(errors="replace"), ptx, int(dynamic[1]) if dynamic else None))
+    return found
+
+
+def triton_kernels(folder: Path, names: set[str]) -> list[Kernel]:
+    """The kernels called ``names`` in a dump of XLA, put through ptxas once more for its report.
+
+    Raises:
+        FileNotFoundError: there is PTX, but no ptxas.
+    """
+    listing = "".join(f.read_text(errors="replace") for f in folder.glob("*thunk_sequence.txt"))
+    programs = {f: f.read_text(errors="replace") for f in sorted(folder.glob("*.ptx"))}
+    found = []
+    for name, shared in _THUNK.findall(listing):
+        if name not in names:
+            continue
+        file = next((f for f, text in programs.items() if name in _ENTRY.findall(text)), None)
+        if file is None:
+            # jax 0.11 and later.
+            found.append(
+                Kernel(name, None, None, int(shared), None, None, ("XLA dumps no PTX of Triton kernels",))
+            )
+            continue
+        assembler = ptxas()
+        if assembler is None:
+            raise FileNotFoundError(
+                "no ptxas: neither the package nvidia-cuda-nvcc nor a CUDA toolkit is here"
+            )
+        command = [assembler, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", str(file)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(_kernel(shown.stderr + shown.stdout, programs[file], int(shared)))
+    return found

@@ -1,0 +1,36 @@
+"""The device that a trace is for: that of the mesh in use, or else the default device."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+# Compute capability 9.0: WGMMA and TMA as the Mosaic kernels use them are of this generation only.
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Platform ("cpu", "cuda", "rocm", "tpu", ...) and kind ("NVIDIA H200", ...) of a device."""
+
+    platform: str
+    kind: str
+
+    @property
+    def hopper(self) -> bool:
+        """Whether Mosaic kernels run on it."""
+        return self.platform == "cuda" and _HOPPER.search(self.kind) is not None
+
+
+def target() -> Target:
+    """The device that what is traced now will run on; a lowering for another one names it by an abstract mesh."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.config.values["jax_default_device"]
+        if not hasattr(device, "device_kind"):
+            device = jax.devices(device)[0] if isinstance(device, str) else jax.devices()[0]
+    platform, kind = device.platform, device.device_kind
+    if platform == "gpu":
+        platform = "rocm" if kind.startswith(("AMD", "gfx")) else "cuda"
+    return Target(platform, kind)
