@@ -1,6 +1,6 @@
 """Every difference between the versions of JAX that the kernels run on (0.10.2 to 0.12), and all of ``jax.experimental``.
 
-``pl``, ``plgpu`` (Mosaic GPU), ``pltriton`` and ``topologies`` are attributes of this module, imported at their first
+``pl``, ``plgpu`` (Mosaic GPU), ``pltriton``, ``profiler`` and ``topologies`` are attributes of this module, imported at their first
 use: no import of the library pays for Pallas where no kernel runs.
 """
 
@@ -18,6 +18,7 @@ _LAZY = {
     "plgpu": "jax.experimental.pallas.mosaic_gpu",
     "pltriton": "jax.experimental.pallas.triton",
     "topologies": "jax.experimental.topologies",
+    "profiler": "jax.experimental.mosaic.gpu.profiler",
     "callbacks": "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks",
 }
 JAX = jax.__version__
@@ -114,6 +115,12 @@ def load(ref: Any, *, layout: Any = None) -> jax.Array:
     if _VERSION >= (0, 11):
         return plgpu.load(ref, layout=layout)
     return plgpu.load(ref, (), layout=layout)
+
+
+def cudnn_version() -> int | None:
+    """The version of cuDNN that JAX found, or None."""
+    versions = importlib.import_module("jax._src.lib").cuda_versions
+    return None if versions is None else int(versions.cudnn_get_version())
 
 
 def abstract_device(kind: str, platform: str) -> contextlib.AbstractContextManager[Any]:

@@ -2,15 +2,20 @@
 
 Implementations are modules ``pallas_kernels.<op>.<implementation>``, imported at their first use. Each has
 ``run`` (the op, arguments already checked), ``supports`` (same arguments; None, or the reason why not) and
-``REASON`` (why ``auto`` takes it).
+``REASON`` (why ``auto`` takes it). What runs on some devices only is asked there, and ``auto`` takes it only with a
+pass record of its device tests (``pallas_kernels.records``).
 """
 
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
-# Fastest first: ``auto`` takes the first that supports the call.
+from pallas_kernels import records
+from pallas_kernels.target import Target, target
+
+# Fastest first: ``auto`` takes the first that fits the device, is verified on it, and supports the call.
 IMPLEMENTATIONS = {
-    "attention": ("xla", "reference"),
+    "attention": ("cudnn", "xla", "reference"),
     "causal_conv": ("xla", "reference"),
     "causal_conv.window": ("xla", "reference"),
     "dynamic_conv": ("xla", "reference"),
@@ -20,14 +25,40 @@ IMPLEMENTATIONS = {
     "ssd": ("xla", "reference"),
     "ssd.window": ("xla", "reference"),
 }
+# These run wherever XLA does.
+EVERYWHERE = ("xla", "reference")
+VERIFY = "unverified here, run python -m pallas_kernels.verify"
 
 
 def _module(op: str, name: str) -> ModuleType:
     return import_module(f"pallas_kernels.{op}.{name}")
 
 
+def unfit(name: str, device: Target) -> str | None:
+    """None where an implementation of this name can run on the device (or is interpreted); else why not."""
+    if name in EVERYWHERE:
+        return None
+    from pallas_kernels import compat
+
+    if name in ("mosaic_gpu", "triton") and compat.interpreting():
+        return None
+    if name == "mosaic_gpu" and device.capability != (9, 0):
+        return f"it needs a Hopper GPU, not {device.kind}"
+    if device.platform != "cuda":
+        return f"it needs an NVIDIA GPU, not {device.kind}"
+    if name == "cudnn" and compat.cudnn_version() is None:
+        return "no cuDNN is installed"
+    if device.capability is not None and device.capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or later, not {device.kind}"
+    return None
+
+
+def _unverified(op: str, name: str, device: Target) -> str | None:
+    return None if name in EVERYWHERE else records.verified(op, name, device.kind)
+
+
 def choose(op: str, implementation: str, *args: object, **options: object) -> ModuleType:
-    """The module that will run this call of ``op``.
+    """The module that will run this call of ``op`` on the device that is traced for.
 
     Args:
         op: name of the op.
@@ -36,24 +67,54 @@ def choose(op: str, implementation: str, *args: object, **options: object) -> Mo
         options: keyword arguments of the call.
 
     Raises:
-        ValueError: ``implementation`` is unknown, or does not support the call. Nothing falls back silently.
+        ValueError: ``implementation`` is unknown, or cannot run this call here. Nothing falls back silently.
     """
     names = IMPLEMENTATIONS[op]
     if implementation != "auto" and implementation not in names:
         allowed = ", ".join(repr(name) for name in ("auto", *names))
         raise ValueError(f"implementation={implementation!r}: expected one of {allowed} for {op}")
+    device = target()
     refusals = []
     for name in names if implementation == "auto" else (implementation,):
-        module = _module(op, name)
-        refusal = module.supports(*args, **options)
+        refusal = unfit(name, device)
+        if refusal is None and implementation == "auto":
+            refusal = _unverified(op, name, device)
         if refusal is None:
-            return module
+            module = _module(op, name)
+            refusal = module.supports(*args, **options)
+            if refusal is None:
+                return module
         refusals.append(f"{name}: {refusal}")
     raise ValueError(
         f"implementation={implementation!r}: cannot run this call of {op} ({'; '.join(refusals)})"
     )
 
 
-def explain() -> list[tuple[str, str, str]]:
-    """(op, implementation, reason) of what ``auto`` takes here for an ordinary call of each op."""
-    return [(op, names[0], _module(op, names[0]).REASON) for op, names in IMPLEMENTATIONS.items()]
+class Choice(NamedTuple):
+    """What ``auto`` takes for an ordinary call of an op, why, and which implementations only lack a pass record."""
+
+    op: str
+    implementation: str
+    reason: str
+    unverified: tuple[str, ...]
+
+
+def explain(device: Target | None = None) -> list[Choice]:
+    """The choice for each op on a device, by default this one; a call that an implementation refuses takes the next."""
+    device = target() if device is None else device
+    found = []
+    for op, names in IMPLEMENTATIONS.items():
+        passed_over, unverified = [], []
+        for name in names:
+            refusal = unfit(name, device)
+            if refusal is None and _unverified(op, name, device) is not None:
+                refusal = VERIFY
+                unverified.append(name)
+            if refusal is None:
+                break
+            passed_over.append(f"{name}: {refusal}")
+        if set(names) <= set(EVERYWHERE):
+            passed_over = ["no GPU kernel of this op is present"]
+        reason = "; ".join([_module(op, name).REASON, *passed_over])
+        found.append(Choice(op, name, reason, tuple(unverified)))
+    return found

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.target import target
+
 
 def hold(x: Array) -> Array:
     """``x`` held in memory on CPU, for integers and inside hand-written gradients: its own cotangent is not held."""
-    if jax.default_backend() != "cpu" or x.size == 0:
+    if target().platform != "cpu" or x.size == 0:
         return x
     bits = jax.lax.bitcast_convert_type(x.ravel()[0], jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
     # Always true, NaN or not, but not to the compiler.

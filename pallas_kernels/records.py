@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,25 @@ def verified(op: str, implementation: str, kind: str) -> str | None:
     return why
 
 
-def write(folder: Path, kind: str, passed: dict[str, dict[str, int]]) -> Path:
-    """Add passes (number of cases by op and implementation) to the record of this device kind and JAX version."""
+def write(folder: Path, kind: str, results: Mapping[str, Mapping[str, int | None]]) -> Path:
+    """Add results to the record of this device kind and JAX version.
+
+    Args:
+        folder: where the record lies.
+        kind: device kind.
+        results: by op and implementation the number of cases that passed, or None where one failed: an earlier pass
+            is taken back then.
+    """
     file = file_for(folder, kind)
-    record = (
-        json.loads(file.read_text()) if file.is_file() else {"device": kind, "jax": compat.JAX, "passed": {}}
-    )
-    for op, implementations in passed.items():
+    record = {"device": kind, "jax": compat.JAX, "passed": {}}
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+    for op, implementations in results.items():
         entry = record["passed"].setdefault(op, {})
         for name, count in implementations.items():
-            entry[name] = {"sources": sources(op), "cases": count}
+            entry.pop(name, None)
+            if count is not None:
+                entry[name] = {"sources": sources(op), "cases": count}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,15 +12,30 @@ _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 @dataclass(frozen=True)
 class Target:
-    """Platform ("cpu", "cuda", "rocm", "tpu", ...) and kind ("NVIDIA H200", ...) of a device."""
+    """A device.
+
+    Attributes:
+        platform: "cpu", "cuda", "rocm", "tpu", ...
+        kind: "NVIDIA H200", ...
+        capability: compute capability of an NVIDIA GPU; None where it is not known.
+    """
 
     platform: str
     kind: str
+    capability: tuple[int, int] | None = None
 
-    @property
-    def hopper(self) -> bool:
-        """Whether Mosaic kernels run on it."""
-        return self.platform == "cuda" and _HOPPER.search(self.kind) is not None
+
+def _target(device: Any) -> Target:
+    platform, kind = device.platform, device.device_kind
+    if platform == "gpu":
+        platform = "rocm" if kind.startswith(("AMD", "gfx")) else "cuda"
+    if platform != "cuda":
+        return Target(platform, kind)
+    # An abstract device has a name only.
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    if major.isdigit() and minor.isdigit():
+        return Target(platform, kind, (int(major), int(minor)))
+    return Target(platform, kind, (9, 0) if _HOPPER.search(kind) else None)
 
 
 def target() -> Target:
@@ -30,7 +45,4 @@ def target() -> Target:
         device = jax.config.values["jax_default_device"]
         if not hasattr(device, "device_kind"):
             device = jax.devices(device)[0] if isinstance(device, str) else jax.devices()[0]
-    platform, kind = device.platform, device.device_kind
-    if platform == "gpu":
-        platform = "rocm" if kind.startswith(("AMD", "gfx")) else "cuda"
-    return Target(platform, kind)
+    return _target(device)

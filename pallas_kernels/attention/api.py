@@ -97,7 +97,7 @@ def attention(
             are float32); None: that of k. One-token calls always take that of k, so that the cache is read as it
             is.
         return_lse: also return the float32 logarithm of each row's sum of exponentials, for merging.
-        implementation: "auto", "xla" or "reference".
+        implementation: "auto", "cudnn", "xla" or "reference".
 
     Returns:
         The output in the dtype of q, 0 where nothing is visible; with ``return_lse`` also lse [B, T, H], -inf
@@ -142,6 +142,7 @@ def attention(
         "scale": d**-0.5 if scale is None else scale,
         "kv_layout": kv_layout,
         "operand_dtype": operand_dtype,
+        "return_lse": return_lse,
     }
     module = dispatch.choose("attention", implementation, q, k, v, **options)
     out, lse = module.run(q, k, v, **options)

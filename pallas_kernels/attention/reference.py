@@ -28,8 +28,9 @@ def run(
     scale,
     kv_layout,
     operand_dtype,
+    return_lse,
 ):
-    del operand_dtype
+    del operand_dtype, return_lse
     if kv_layout == "BKTD":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     groups = q.shape[2] // k.shape[2]

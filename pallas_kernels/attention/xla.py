@@ -10,7 +10,7 @@ from pallas_kernels.attention.mask import visible
 from pallas_kernels.materialise import hold
 from pallas_kernels.precision import contract
 
-REASON = "query blocks of grouped matmuls fused by XLA; no GPU kernel of this op is present"
+REASON = "query blocks of grouped matmuls fused by XLA"
 
 _BLOCK = 128
 
@@ -170,7 +170,9 @@ def run(
     scale,
     kv_layout,
     operand_dtype,
+    return_lse,
 ):
+    del return_lse  # it is there anyway, and a caller that drops it costs nothing
     # Rounding a whole cache would cost more than the products of one token.
     dtype = jnp.dtype(k.dtype if q.shape[1] == 1 or operand_dtype is None else operand_dtype)
     scaled = q.astype(jnp.float32) * scale

@@ -1,20 +1,54 @@
-"""Dispatch and the rounded contractions."""
+"""Dispatch by device, record and call; the rounded contractions."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch, records
+from pallas_kernels.attention import attention, cudnn, xla
 from pallas_kernels.precision import contract
+from pallas_kernels.proof import lowering
+from pallas_kernels.target import Target, target
 from tests.kernels.kernel_cases import close, normal
+
+H200 = Target("cuda", "NVIDIA H200", (9, 0))
+CALL = {
+    "window": None,
+    "soft_cap": None,
+    "kv_layout": "BTKD",
+    "operand_dtype": None,
+    "return_lse": False,
+}
+
+
+@pytest.fixture
+def h200(monkeypatch, tmp_path):
+    """Traces are for an H200 with cuDNN whose records lie in an empty folder."""
+    monkeypatch.setattr(compat, "cudnn_version", lambda: 91000)
+    monkeypatch.setattr(records, "local", lambda: tmp_path)
+    with compat.abstract_device(H200.kind, "cuda"):
+        yield tmp_path
+
+
+def queries(dtype=jnp.bfloat16, T: int = 64, d: int = 64) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros((2, T, heads, d), dtype) for heads in (4, 2, 2))
 
 
 def test_explain_names_what_auto_takes_for_every_op():
     rows = dispatch.explain()
-    assert [op for op, _, _ in rows] == sorted(dispatch.IMPLEMENTATIONS)
+    assert [row.op for row in rows] == sorted(dispatch.IMPLEMENTATIONS)
     assert len(rows) >= 6
-    assert all(implementation == "xla" and len(reason) > 20 for _, implementation, reason in rows)
+    assert all(row.implementation == "xla" and len(row.reason) > 20 and not row.unverified for row in rows)
+    reasons = {row.op: row.reason for row in rows}
+    assert reasons["attention"].endswith("cudnn: it needs an NVIDIA GPU, not cpu")
+    assert reasons["ssd"].endswith("no GPU kernel of this op is present")
+
+
+def test_explain_says_what_lacks_a_record(h200):
+    row = next(row for row in dispatch.explain() if row.op == "attention")
+    assert row.implementation == "xla" and "cudnn" in row.unverified
+    assert f"cudnn: {dispatch.VERIFY}" in row.reason
 
 
 def test_auto_takes_the_first_that_supports_the_call(monkeypatch):
@@ -24,6 +58,90 @@ def test_auto_takes_the_first_that_supports_the_call(monkeypatch):
     assert dispatch.choose("ssd", "auto") is reference
     with pytest.raises(ValueError, match="xla: not today"):
         dispatch.choose("ssd", "xla")
+
+
+def test_auto_takes_what_is_verified_on_this_device_with_these_sources(h200, monkeypatch):
+    assert dispatch.choose("attention", "auto", *queries(), **CALL) is xla
+    # Named, it needs no record.
+    assert dispatch.choose("attention", "cudnn", *queries(), **CALL) is cudnn
+    records.write(h200, H200.kind, {"attention": {"cudnn": 3}})
+    assert dispatch.choose("attention", "auto", *queries(), **CALL) is cudnn
+    assert dispatch.choose("attention", "auto", *queries(), **{**CALL, "soft_cap": 30.0}) is xla
+    with compat.abstract_device("NVIDIA H100", "cuda"):
+        assert dispatch.choose("attention", "auto", *queries(), **CALL) is xla
+    monkeypatch.setattr(records, "sources", lambda op: "other")
+    assert dispatch.choose("attention", "auto", *queries(), **CALL) is xla
+    assert (
+        records.verified("attention", "cudnn", H200.kind) == "its sources have changed since it was verified"
+    )
+
+
+def test_a_failure_takes_an_earlier_pass_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "local", lambda: tmp_path)
+    records.write(tmp_path, H200.kind, {"attention": {"cudnn": 3}, "ssd": {"triton": 1}})
+    assert records.verified("attention", "cudnn", H200.kind) is None
+    records.write(tmp_path, H200.kind, {"attention": {"cudnn": None}})
+    assert "no pass" in str(records.verified("attention", "cudnn", H200.kind))
+    assert records.verified("ssd", "triton", H200.kind) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "reason"),
+    [
+        ("mosaic_gpu", Target("cpu", "cpu"), "needs a Hopper GPU, not cpu"),
+        ("mosaic_gpu", Target("cuda", "NVIDIA B200", (10, 0)), "needs a Hopper GPU"),
+        ("mosaic_gpu", H200, None),
+        ("triton", Target("tpu", "TPU v5e"), "needs an NVIDIA GPU, not TPU v5e"),
+        ("triton", Target("rocm", "AMD Instinct MI300X"), "needs an NVIDIA GPU"),
+        ("triton", Target("cuda", "Tesla T4", (7, 5)), "capability 8.0 or later"),
+        ("triton", Target("cuda", "NVIDIA L4", (8, 9)), None),
+        ("cudnn", H200, "no cuDNN"),
+        ("xla", Target("tpu", "TPU v5e"), None),
+    ],
+)
+def test_each_implementation_knows_its_devices(name, device, reason, monkeypatch):
+    monkeypatch.setattr(compat, "cudnn_version", lambda: None)
+    found = dispatch.unfit(name, device)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_named_implementation_that_cannot_run_here_is_an_error():
+    places = {name: jnp.zeros((2, 64), jnp.int32) for name in ("q_positions", "kv_positions")}
+    places |= {name: jnp.ones((2, 64), jnp.int32) for name in ("q_segment_ids", "kv_segment_ids")}
+    with pytest.raises(ValueError, match="cudnn: it needs an NVIDIA GPU, not cpu"):
+        attention(*queries(), **places, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "change", "reason"),
+    [
+        (queries(jnp.float32), {}, "bfloat16 or float16"),
+        ((*queries()[:2], queries(jnp.float16)[2]), {}, "bfloat16 or float16"),
+        (queries(), {"operand_dtype": jnp.float32}, "operand_dtype=float32"),
+        (queries(), {"kv_layout": "BKTD"}, "kv_layout='BKTD'"),
+        (queries(d=256), {}, "up to 128, not 256"),
+        (queries(d=60), {}, "multiples of 8"),
+        (queries(), {"soft_cap": 30.0}, "soft cap"),
+        (queries(), {"return_lse": True}, "log-sum-exp"),
+        (queries(T=63), {}, "even lengths"),
+        (queries(jnp.float16), {"operand_dtype": jnp.float16}, None),
+        (queries(), {"window": 8}, None),
+    ],
+)
+def test_cudnn_takes_only_what_it_computes_exactly(arrays, change, reason):
+    found = cudnn.supports(*arrays, **{**CALL, **change})
+    assert found is None if reason is None else reason in str(found)
+    big = tuple(jax.ShapeDtypeStruct((1, 2**15, 4, 64), jnp.bfloat16) for _ in range(3))
+    assert "cost more" in str(cudnn.supports(*big, **CALL))
+
+
+def test_a_trace_knows_its_device():
+    assert target().platform == "cpu"
+    seen = []
+    jax.eval_shape(lambda: seen.append(target()))
+    lowering.lower_cuda(lambda x: seen.append(target()) or x, jnp.zeros(2))
+    lowering.lower_tpu(lambda x: seen.append(target()) or x, jnp.zeros(2))
+    assert seen == [Target("cpu", "cpu"), H200, Target("tpu", "TPU v5e")]
 
 
 @pytest.mark.parametrize("spec", ["bti,io->bto", "bkmd,bskd->bkms"])

@@ -50,7 +50,13 @@ def examine() -> dict[str, Any]:
         "devices": machine.devices(),
         "first_product_seconds": _first_product(),
         "ops": [
-            {"op": op, "implementation": name, "reason": reason} for op, name, reason in dispatch.explain()
+            {
+                "op": choice.op,
+                "implementation": choice.implementation,
+                "reason": choice.reason,
+                "unverified": list(choice.unverified),
+            }
+            for choice in dispatch.explain()
         ],
         "compile_cache": {
             "folder": str(environment.compile_cache_folder()),
