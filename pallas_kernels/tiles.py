@@ -1,7 +1,7 @@
 """Tile sizes as data: what the tuner found best on a device, or the defaults of the kernel.
 
 A kernel's configuration is a frozen dataclass of integers and booleans. It asks ``tiles("attention", "forward d128",
-Tiles())`` at trace time. ``tuned/<device>.json`` holds ``{op: {key: {field: value}}}`` and is written by ``python -m
+Tiles())`` at trace time. ``tuned/<device>.json`` holds ``{"jax", "tiles": {op: {key: {field: value}}}}`` and is written by ``python -m
 pallas_kernels.tune`` only.
 """
 
@@ -35,6 +35,25 @@ def _tuned(file: Path, _stamp: int) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+class Asked:
+    """What kernels asked for while traced: (op, key, default), in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, str, Any]] = []
+
+
+# Compared by identity, so that no earlier trace is taken for one in which nobody asks.
+_asked = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Asked]:
+    """Collects every configuration that calls traced inside ask for."""
+    asked = Asked()
+    with _asked(asked):
+        yield asked
+
+
 @contextlib.contextmanager
 def using(op: str, key: str, value: Any) -> Iterator[None]:
     """Calls traced inside take ``value`` for this op and key, whatever is tuned."""
@@ -48,11 +67,14 @@ def tiles(op: str, key: str, default: Tiles) -> Tiles:
     Args:
         op: name of the op.
         key: the calls that share a configuration, e.g. "forward d128 bfloat16".
-        default: what runs where nothing is tuned; its type says which fields there are.
+        default: what runs where nothing is tuned; its type says which fields there are, and its method
+            ``candidates()``, if there is one, what the tuner shall try.
 
     Raises:
         TypeError: the tuned file names a field that the dataclass does not have.
     """
+    if _asked.value is not None:
+        _asked.value.entries.append((op, key, default))
     for candidate_op, candidate_key, value in reversed(_candidate.value):
         if (candidate_op, candidate_key) == (op, key):
             return value

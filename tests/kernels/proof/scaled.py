@@ -1,28 +1,42 @@
 """Two tiny ops with kernels, on which the proof system itself is tried: a scaled product and a scaled row gather."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat, mosaic
+from pallas_kernels import tiles as tuned
 from pallas_kernels.cases import Case
 from pallas_kernels.compat import pl, plgpu, pltriton
 
 FACTOR = 0.5
-ROWS = 64
 BARRIER = True
 
 
-def _product_body(x, w, out, x_tile, w_tile, out_tile, ready):
-    row = pl.ds(jax.lax.axis_index("row") * ROWS, ROWS)
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile, and how much of them is written: less than all is wrong, and the tuner shall see that."""
+
+    rows: int = 64
+    share: float = 1.0
+
+    def candidates(self) -> "Iterator[Tiles]":
+        yield Tiles(rows=128)
+        yield Tiles(share=0.5)
+
+
+def _product_body(tiles, x, w, out, x_tile, w_tile, out_tile, ready):
+    row = pl.ds(jax.lax.axis_index("row") * tiles.rows, tiles.rows)
     plgpu.copy_gmem_to_smem(x.at[row], x_tile, ready.at[0])
     plgpu.copy_gmem_to_smem(w, w_tile, ready.at[1])
     if BARRIER:
         plgpu.barrier_wait(ready.at[0])
         plgpu.barrier_wait(ready.at[1])
     total = mosaic.mma(None, x_tile, w_tile)
-    out_tile[...] = (FACTOR * total).astype(out_tile.dtype)
+    out_tile[...] = (tiles.share * FACTOR * total).astype(out_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_tile, out.at[row])
     plgpu.wait_smem_to_gmem(0)
@@ -36,13 +50,14 @@ def _tile(shape, dtype):
 
 def _product_kernel(x, w):
     (M, K), N = x.shape, w.shape[1]
-    scratch = [_tile((ROWS, K), x.dtype), _tile((K, N), w.dtype), _tile((ROWS, N), x.dtype)]
+    tiles = tuned.tiles("scaled", "product", Tiles())
+    scratch = [_tile((tiles.rows, K), x.dtype), _tile((K, N), w.dtype), _tile((tiles.rows, N), x.dtype)]
     run = compat.mosaic_kernel(
-        _product_body,
+        partial(_product_body, tiles),
         name="scaled_product",
         out_type=jax.ShapeDtypeStruct((M, N), x.dtype),
         scratch_types=[*scratch, plgpu.Barrier(num_barriers=2)],
-        grid=(M // ROWS,),
+        grid=(M // tiles.rows,),
         grid_names=("row",),
     )
     return run(x, w)
