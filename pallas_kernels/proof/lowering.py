@@ -16,21 +16,29 @@ _NAME = re.compile(r'\bname = "([^"]+)"')
 _SHAPE = re.compile(r"tensor<([0-9x]*)")
 
 
-def _lowered(fn: Callable[..., Any], avals: tuple[Any, ...], kind: str, platform: str) -> str:
+def _lowered(fn: Any, avals: tuple[Any, ...], statics: dict[str, Any], kind: str, platform: str) -> str:
+    # A jitted function is taken as it is, its static arguments and donation included: the device is part of the key
+    # under which JAX keeps its traces.
+    jitted = fn if hasattr(fn, "trace") else jax.jit(lambda *arrays: fn(*arrays))
     with compat.abstract_device(kind, platform):
-        # Not jitted before: a jitted function may have been traced for this machine's own device.
-        traced = jax.jit(lambda *arrays: fn(*arrays)).trace(*avals)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+        return jitted.trace(*avals, **statics).lower(lowering_platforms=(platform,)).as_text()
 
 
-def lower_cuda(fn: Callable[..., Any], *avals: Any, kind: str = "NVIDIA H200") -> str:
-    """StableHLO of ``fn`` for an NVIDIA GPU of this kind; ``avals`` are shapes and dtypes or arrays."""
-    return _lowered(fn, avals, kind, "cuda")
+def lower_cuda(fn: Callable[..., Any], *avals: Any, kind: str = "NVIDIA H200", **statics: Any) -> str:
+    """StableHLO of ``fn`` for an NVIDIA GPU of this kind.
+
+    Args:
+        fn: a function, jitted or not.
+        avals: shapes and dtypes, or arrays.
+        kind: as ``jax.Device.device_kind`` says it.
+        statics: keyword arguments of a jitted ``fn``.
+    """
+    return _lowered(fn, avals, statics, kind, "cuda")
 
 
-def lower_tpu(fn: Callable[..., Any], *avals: Any, kind: str = "TPU v5e") -> str:
-    """StableHLO of ``fn`` for a TPU."""
-    return _lowered(fn, avals, kind, "tpu")
+def lower_tpu(fn: Callable[..., Any], *avals: Any, kind: str = "TPU v5e", **statics: Any) -> str:
+    """StableHLO of ``fn`` for a TPU; arguments as of :func:`lower_cuda`."""
+    return _lowered(fn, avals, statics, kind, "tpu")
 
 
 def require_kernel(text: str, implementation: str, name: str = "") -> None:
