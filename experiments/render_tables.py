@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/ from the JSON in experiments/results/; no figure is typed by hand.
+"""Tables of README.md, docs/ and pallas_kernels/README.md from the JSON in experiments/results/; no figure is typed by hand.
 
 Command: ``python experiments/render_tables.py`` (``--check`` changes nothing and exits with 1 where a table is stale).
 A table stands between ``<!-- table: KIND FILE -->`` and ``<!-- end of table -->``; FILE is under experiments/results/.
@@ -157,12 +157,48 @@ def moe(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=[0, 1, *range(3, 8)])}\nMilliseconds; {shape}. Measured on: {where}.\n"
 
 
+def kernels_aot(data: dict[str, Any]) -> str:
+    """What bench/kernels_aot.py wrote: one line per kernel, a figure per version of JAX."""
+    versions = list(dict.fromkeys(r["jax"] for r in data["results"]))
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for result in data["results"]:
+        key = (result["op"], result["case"], result["implementation"])
+        seen: dict[str, int] = {}
+        if result["error"] is not None:
+            found.setdefault((*key, "does not compile", "0"), {})[result["jax"]] = None
+        for kernel in result["kernels"]:
+            # A program may hold the same kernel twice, for forward and backward.
+            index = seen[kernel["name"]] = seen.get(kernel["name"], -1) + 1
+            found.setdefault((*key, kernel["name"], str(index)), {})[result["jax"]] = kernel
+
+    def each(figures: dict[str, Any], name: str, unit: int = 1) -> str:
+        values = [figures[v] and figures[v][name] for v in versions if v in figures]
+        return " / ".join("-" if v is None else f"{v / unit:,.0f}" for v in dict.fromkeys(values))
+
+    lines = [
+        (
+            *key[:4],
+            each(figures, "registers"),
+            each(figures, "spill_bytes"),
+            each(figures, "shared_bytes", 1024),
+            each(figures, "wgmma"),
+            each(figures, "tma"),
+        )
+        for key, figures in found.items()
+    ]
+    header = ("op", "case", "through", "kernel", "registers", "bytes spilled", "shared KiB", "WGMMA", "TMA")
+    absent = "".join(f" jax {version} was left out: {why}." for version, why in data["missing"].items())
+    where = f"{data['target']}; jax {' and '.join(versions)}, two figures where they differ"
+    return f"{markdown(header, lines, right=range(4, 9))}\nCompiled for {where}.{absent}\n"
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": quickstart,
     "benchmark": benchmark,
     "kernels": kernels,
     "compile_time": compile_time,
     "moe": moe,
+    "kernels_aot": kernels_aot,
 }
 
 
@@ -197,7 +233,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     check = parser.parse_args(argv).check
     stale = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for page in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        ROOT / "pallas_kernels" / "README.md",
+    ]:
         before = page.read_text(encoding="utf-8")
         after = refreshed(before)
         if after != before:

@@ -38,6 +38,7 @@ class Case:
         unspecified: from the inputs, a pytree like the outputs, True where a value means nothing; None: everything
             counts.
         registers: ceiling of the registers a thread of its kernels takes; a compile above it is a regression.
+        spill_bytes: ceiling of the bytes that one of its kernels stores to and loads from local memory.
         flops: multiply-adds counted twice, of one call, backward included where there is one.
         bytes_moved: the least that a call must read and write.
     """
@@ -58,6 +59,7 @@ class Case:
     poison: float = float("nan")
     unspecified: Callable[[Arrays], Any] | None = None
     registers: int = 255
+    spill_bytes: int = 0
     flops: float | None = None
     bytes_moved: float | None = None
 

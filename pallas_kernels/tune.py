@@ -46,7 +46,9 @@ def best(case: Case, implementation: str, op: str, key: str, default: Any) -> tu
 def write(kind: str, found: dict[tuple[str, str], Any], folder: Path) -> Path:
     """Add configurations by (op, key) to the file of a device kind."""
     file = tiles.file_of(kind, folder)
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"tiles": {}}
+    data: dict[str, Any] = {"tiles": {}}
+    if file.is_file():
+        data = json.loads(file.read_text(encoding="utf-8"))
     data |= {"device": kind, "jax": compat.JAX}
     for (op, key), value in found.items():
         data["tiles"].setdefault(op, {})[key] = dataclasses.asdict(value)

@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from pallas_kernels.cases import Case, cases
 from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -62,18 +63,22 @@ class Compilation:
     temp_bytes: int = 0
     kernels: tuple[Kernel, ...] = field(default=())
 
-    def faults(self, registers: int) -> list[str]:
-        """Why this is a regression: it does not compile, has no kernel, spills, or takes more registers than allowed."""
+    def faults(self, case: Case) -> list[str]:
+        """Why this is a regression: it does not compile, has no kernel, or one spills or takes more than its case allows."""
         if self.error is not None:
             return [self.error]
         if not self.kernels:
             return [f"no kernel of {self.implementation} in the program"]
         found = []
         for kernel in self.kernels:
-            if kernel.spill_bytes:
-                found.append(f"{kernel.name} spills {kernel.spill_bytes} bytes")
-            if kernel.registers is not None and kernel.registers > registers:
-                found.append(f"{kernel.name} takes {kernel.registers} registers, more than {registers}")
+            if (kernel.spill_bytes or 0) > case.spill_bytes:
+                found.append(
+                    f"{kernel.name} spills {kernel.spill_bytes} bytes, {case.spill_bytes} are allowed"
+                )
+            if (kernel.registers or 0) > case.registers:
+                found.append(
+                    f"{kernel.name} takes {kernel.registers} registers, {case.registers} are allowed"
+                )
         return found
 
 
@@ -92,41 +97,41 @@ def compile_jobs(jobs: Iterable[Job], python: str = sys.executable) -> Iterator[
     }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     while left:
-        with tempfile.TemporaryFile("w+") as errors:
-            child = subprocess.Popen(
-                [python, "-m", "pallas_kernels.proof.aot", "--child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=env,
-            )
+        done = 0
+        with tempfile.TemporaryFile("w+") as errors, _child_of(python, env, errors) as child:
             assert child.stdin is not None and child.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(json.dumps([asdict(job) for job in left]))
                 child.stdin.close()
-            done = 0
             for line in child.stdout:
-                if line.startswith(_ANSWER):
-                    answer = json.loads(line.removeprefix(_ANSWER))
-                    if "cannot" in answer:
-                        child.wait()
-                        raise RuntimeError(answer["cannot"])
-                    kernels = tuple(
-                        Kernel(**{**k, "notes": tuple(k["notes"])}) for k in answer.pop("kernels")
-                    )
-                    yield Compilation(**answer, kernels=kernels)
-                    done += 1
+                if not line.startswith(_ANSWER):
+                    continue
+                answer = json.loads(line.removeprefix(_ANSWER))
+                if "cannot" in answer:
+                    raise RuntimeError(answer["cannot"])
+                kernels = tuple(Kernel(**{**k, "notes": tuple(k["notes"])}) for k in answer.pop("kernels"))
+                yield Compilation(**answer, kernels=kernels)
+                done += 1
             code = child.wait()
-            left = left[done:]
-            if left:
-                errors.seek(0)
-                words = errors.read().strip().splitlines()[-1:] or ["without a word"]
-                job = left.pop(0)
-                op = job.module.split(".")[-2]
-                yield Compilation(
-                    op, job.case, job.implementation, "", error=f"the compiler died ({code}): {words[0]}"
-                )
+            errors.seek(0)
+            words = errors.read().strip().splitlines()[-1:] or ["without a word"]
+        left = left[done:]
+        if left:
+            job = left.pop(0)
+            why = f"the compiler died ({code}): {words[0]}"
+            yield Compilation(job.module.split(".")[-2], job.case, job.implementation, "", error=why)
+
+
+@contextlib.contextmanager
+def _child_of(python: str, env: dict[str, str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that answers jobs; it ends with the block."""
+    command = [python, "-m", "pallas_kernels.proof.aot", "--child"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+    with subprocess.Popen(command, **pipes, text=True, env=env) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 def _mesh() -> Any:
@@ -195,8 +200,6 @@ def _child() -> None:
 
 def jobs(op: str | None = None, text: str = "") -> list[Job]:
     """Every case whose name holds ``text``, once per implementation."""
-    from pallas_kernels.cases import cases
-
     return [
         Job(f"pallas_kernels.{case.op}.cases", case.name, implementation)
         for case in cases(op)
@@ -207,8 +210,6 @@ def jobs(op: str | None = None, text: str = "") -> list[Job]:
 
 def main() -> int:
     """Compile and print; 1 where something is a regression, 77 where nothing could be compiled."""
-    from pallas_kernels.cases import cases
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -222,11 +223,11 @@ def main() -> int:
     if options.child:
         _child()
         return 0
-    ceilings = {(case.op, case.name): case.registers for case in cases(options.op)}
+    known = {(case.op, case.name): case for case in cases(options.op)}
     failed = False
     try:
         for done in compile_jobs(jobs(options.op, options.case), options.python):
-            faults = done.faults(ceilings[done.op, done.case])
+            faults = done.faults(known[done.op, done.case])
             failed |= bool(faults)
             print(f"{done.op} | {done.case} | {done.implementation} | jax {done.jax} | {done.seconds} s")
             for kernel in done.kernels:

@@ -1,0 +1,137 @@
+"""Every kernel compiled to an sm_90a binary without a GPU: registers, spills, shared memory, on two versions of JAX.
+
+Command:  python -m experiments.bench.kernels_aot --environments FOLDER [--op OP] [--check] [--out FILE]
+Time:     a few seconds per case and version, and minutes to make the environments once.
+Expected: no kernel of Mosaic spills, and none takes more registers than its case allows.
+
+FOLDER holds (or gets) one virtual environment per version of JAX, with its CUDA plugin and ptxas beside it. ``--check``
+writes nothing. Exit codes: 0, 1 where something is a regression, 77 where nothing could be compiled.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.cases import Case, cases
+from pallas_kernels.proof.aot import Compilation, compile_jobs, jobs
+
+OUT = Path(__file__).parents[1] / "results" / "kernels_aot.json"
+# The last JAX for Python 3.11, and one whose interpreter sees races.
+VERSIONS = {"0.10.2": "3.11", "0.11.2": "3.12"}
+
+
+class Missing(RuntimeError):
+    """No environment for a version of JAX, and why."""
+
+
+def interpreter(version: str) -> list[str]:
+    """A command that runs Python ``version``, found by running it: pyenv's shims exist where the version does not.
+
+    Raises:
+        Missing: there is none.
+    """
+    tries: list[list[str]] = [[f"python{version}"]]
+    if shutil.which("pyenv"):
+        shown = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True)
+        names = [name for name in shown.stdout.split() if name.startswith(f"{version}.")]
+        tries += [["env", f"PYENV_VERSION={name}", f"python{version}"] for name in reversed(names)]
+    asked = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for command in tries:
+        try:
+            shown = subprocess.run([*command, "-c", asked], capture_output=True, text=True)
+        except OSError:
+            continue
+        if shown.returncode == 0 and shown.stdout.strip() == version:
+            return command
+    raise Missing(f"no Python {version} here")
+
+
+def environment(folder: Path, jax: str, python: str) -> Path:
+    """The interpreter of the environment for a version of JAX, made if need be.
+
+    Raises:
+        Missing: no such Python, or the packages cannot be installed.
+    """
+    home = folder / f"jax-{jax}"
+    own, done = home / "bin" / "python", home / "complete"
+    if done.is_file():
+        return own
+    subprocess.run([*interpreter(python), "-m", "venv", "--clear", str(home)], check=True)
+    install = [str(own), "-m", "pip", "install", "-q"]
+    plugin = [f"jax-cuda13-plugin=={jax}", f"jax-cuda13-pjrt=={jax}", "nvidia-cuda-nvcc", "nvidia-nvvm"]
+    for packages in ([f"jax=={jax}", "numpy", "jaxtyping", "absl-py"], ["--no-deps", *plugin]):
+        shown = subprocess.run([*install, *packages], capture_output=True, text=True)
+        if shown.returncode:
+            last = (shown.stderr.strip().splitlines() or ["pip failed without a word"])[-1]
+            raise Missing(f"the packages for jax {jax} cannot be installed: {last[:200]}")
+    done.touch()
+    return own
+
+
+def row(done: Compilation, case: Case) -> dict[str, Any]:
+    """One result as plain JSON values."""
+    return {**asdict(done), "stands_for": case.stands_for, "faults": done.faults(case)}
+
+
+def run(pythons: dict[str, Path], op: str | None) -> list[dict[str, Any]]:
+    """Every case on every version; a line each as they come."""
+    known = {(case.op, case.name): case for case in cases(op)}
+    results = []
+    for version, python in pythons.items():
+        for done in compile_jobs(jobs(op), str(python)):
+            result = row(done, known[done.op, done.case])
+            results.append({**result, "jax": version})
+            figures = ", ".join(f"{k.name} {k.registers} reg {k.spill_bytes} B spilled" for k in done.kernels)
+            print(f"jax {version} | {done.op} | {done.case} | {done.implementation} | {figures}", flush=True)
+            for fault in result["faults"]:
+                print(f"    FAULT: {fault}", flush=True)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--environments", type=Path, required=True, help="where the environments are or go")
+    parser.add_argument("--op", help="one op; all by default")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args(argv)
+    pythons: dict[str, Path] = {}
+    missing: dict[str, str] = {}
+    for version, python in VERSIONS.items():
+        try:
+            pythons[version] = environment(options.environments.absolute(), version, python)
+        except Missing as error:
+            missing[version] = str(error)
+            print(f"jax {version}: {error}")
+    if not pythons:
+        return 77
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        results = run(pythons, options.op)
+    except RuntimeError as error:
+        print(error)
+        return 77
+    if not options.check:
+        report = {
+            "command": "python -m experiments.bench.kernels_aot --environments FOLDER",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "target": "sm_90a, from the description of an H200; nothing ran on a GPU",
+            "missing": missing,
+            "results": results,
+        }
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return int(any(result["faults"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Compilation ahead of time on the tiny kernels (extra ``aot``), and how its reports are read (no extra)."""
+
+import dataclasses
+import os
+
+import jax.numpy as jnp
+import pytest
+
+from experiments import render_tables
+from experiments.bench import kernels_aot
+from pallas_kernels.proof.aot import Compilation, Job, compile_jobs
+from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
+from tests.kernels.proof import scaled
+
+REPORT = """ptxas info    : 0 bytes gmem
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to reasons
+ptxas info    : Compiling entry function 'forward_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for forward_mosaic_gpu_kernel
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 1 bytes smem
+"""
+LOG = "gpu.launch async [%0] threads(%a) dynamic_shared_memory_size %c24592_i32 {"
+
+
+def test_the_report_of_the_assembler_is_read(tmp_path):
+    (tmp_path / "forward_0.ptxas").write_text(REPORT)
+    (tmp_path / "forward_0.ptx").write_text(
+        "wgmma.mma_async.sync;\nwgmma.mma_async.sync;\ncp.async.bulk.tensor.3d"
+    )
+    (tmp_path / "forward_0.mlir-passes.log").write_text(LOG)
+    (kernel,) = mosaic_kernels(tmp_path)
+    assert dataclasses.astuple(kernel)[:6] == ("forward", 168, 20, 24592, 2, 1)
+    assert "serialized" in kernel.notes[0]
+    (tmp_path / "forward_0.ptxas").write_text("nothing")
+    with pytest.raises(ValueError, match="no report"):
+        mosaic_kernels(tmp_path)
+
+
+def test_a_triton_kernel_without_ptx_has_no_figures_but_a_reason(tmp_path):
+    line = "001: kCustomKernel [source | sink] gather grid: [2, 1, 1] threads: [128, 1, 1]  shared_memory: 64 bytes\n"
+    (tmp_path / "m.thunk_sequence.txt").write_text(line + line.replace("gather", "loop_fusion"))
+    (kernel,) = triton_kernels(tmp_path, {"gather"})
+    assert (kernel.registers, kernel.shared_bytes) == (None, 64) and "no PTX" in kernel.notes[0]
+
+
+def test_what_counts_as_a_regression():
+    case = dataclasses.replace(scaled.CASES[0], registers=100, spill_bytes=8)
+    good = Kernel("a", 100, 8, 0, 0, 0)
+
+    def faults(*kernels, error=None):
+        return Compilation("o", "c", "mosaic_gpu", "0", error, kernels=kernels).faults(case)
+
+    assert faults(good) == []
+    assert faults(good, dataclasses.replace(good, registers=101)) == [
+        "a takes 101 registers, 100 are allowed"
+    ]
+    assert faults(dataclasses.replace(good, spill_bytes=9)) == ["a spills 9 bytes, 8 are allowed"]
+    assert faults() == ["no kernel of mosaic_gpu in the program"]
+    assert faults(good, error="no") == ["no"]
+
+
+def test_the_table_shows_two_figures_where_versions_differ():
+    def result(jax, registers, error=None):
+        kernels = (Kernel("forward", registers, 0, 2048, 4, 2),) if error is None else ()
+        done = Compilation("attention", "8B", "mosaic_gpu", jax, error, kernels=kernels)
+        return kernels_aot.row(done, scaled.CASES[0])
+
+    data = {"target": "sm_90a", "missing": {"0.12.0": "no Python 3.13 here"}}
+    text = render_tables.kernels_aot({**data, "results": [result("0.10.2", 168), result("0.11.2", 160)]})
+    assert "| attention | 8B | mosaic_gpu | forward | 168 / 160 | 0 | 2 | 4 | 2 |" in text
+    assert "jax 0.12.0 was left out: no Python 3.13 here." in text
+    text = render_tables.kernels_aot({**data, "results": [result("0.10.2", 1, "boom")]})
+    assert "does not compile" in text
+
+
+def test_an_absent_python_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kernels_aot, "VERSIONS", {"0.10.2": "3.99"})
+    assert kernels_aot.main(["--environments", str(tmp_path)]) == 77
+    assert "no Python 3.99 here" in capsys.readouterr().out
+
+
+def _dies(key):
+    os._exit(3)
+
+
+CASES = [
+    dataclasses.replace(scaled.CASES[0], name="dies", inputs=_dies),
+    *scaled.CASES,
+    dataclasses.replace(
+        scaled.CASES[0],
+        name="too large",
+        inputs=lambda key: {
+            "x": jnp.zeros((64, 2048), jnp.bfloat16),
+            "w": jnp.zeros((2048, 64), jnp.bfloat16),
+        },
+        gradients=(),
+    ),
+]
+
+
+@pytest.mark.aot
+def test_compiles_to_binaries_and_survives_a_crash():
+    jobs = [Job("tests.kernels.proof.test_aot", case.name, case.implementations[0]) for case in CASES]
+    dead, product, gather, large = compile_jobs(jobs)
+    assert "the compiler died (3)" in str(dead.error)
+    assert product.error is None and [k.name for k in product.kernels] == ["scaled_product"] * 2
+    assert all(k.wgmma and k.tma and k.registers and not k.spill_bytes for k in product.kernels)
+    assert product.faults(CASES[1]) == []
+    assert gather.error is None and [k.name for k in gather.kernels] == ["scaled_gather"]
+    assert "shared memory" in str(large.error)
