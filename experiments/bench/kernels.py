@@ -1,17 +1,18 @@
-"""Speed of the kernels on this device, beside a token scan and the bound of a plain matmul.
+"""Speed of the kernels on this device, beside peers and the bound of what the device reaches in the same run.
 
-Command:  python -m experiments.bench.kernels [--quick] [--out]
-Time:     about 3 minutes on 2 CPU cores, under 1 with --quick.
+Command:  python -m experiments.bench.kernels [--device cpu|gpu] [--op OP] [--quick] [--out]
+Time:     about 3 minutes on 2 CPU cores, under 1 with --quick; on a GPU minutes per op, most of it compilation.
+          On a GPU the cases are those of ``pallas_kernels/<op>/cases.py`` and times are the GPU's own, caches cold.
 Expected: on 2 CPU cores with AMX, SSD (B2 T1024 H8 P64 N128, float32) well above 54 thousand tokens a second
           forward and 22 thousand forward and backward: what Levanter's XLA scan does on one such core.
 """
 
 import argparse
 import json
-import statistics
-import time
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +20,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.bench import _kernels_gpu
 from pallas_kernels.attention import attention
+from pallas_kernels.cases import cases as kernel_cases
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.ssd import ssd
+from pallas_kernels.timing import seconds
 
-OUT = Path(__file__).parents[1] / "results" / "kernels_cpu.json"
+RESULTS = Path(__file__).parents[1] / "results"
+
+# The first word of a case, where it is not the op.
+NAMES = {"conv": "causal_conv"}
 
 
 def normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
-
-
-def seconds(fn, args, repeats: int) -> float:
-    """Median time of a jitted call, compilation left out."""
-    fn = jax.jit(fn)
-    jax.block_until_ready(fn(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(fn(*args))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def forward_and_backward(fn, args):
@@ -54,7 +49,7 @@ def forward_and_backward(fn, args):
 def matmul_gflops(dtype, repeats: int) -> float:
     a = normal(1024, 1024).astype(dtype)
     product = partial(jnp.matmul, preferred_element_type=jnp.float32, precision="highest")
-    return 2 * 1024**3 / seconds(product, (a, a), repeats) / 1e9
+    return 2 * 1024**3 / seconds(product, a, a, repeats=repeats) / 1e9
 
 
 def ssd_flops(T: int, H: int, P: int, G: int, N: int, chunk: int) -> float:
@@ -140,13 +135,29 @@ def decode_cases(quick: bool):
             yield name, attend, (normal(B, 1, H, d).astype(dtype), cache, cache), dtype, B, None, False
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
-    parser.add_argument("--out", action="store_true", help=f"write {OUT.name} under experiments/results")
-    options = parser.parse_args()
+def on_gpu(options: argparse.Namespace, console: Console) -> int:
+    """Measure the cases of the kernels; 2 where this machine has no GPU that they are made for."""
+
+    def show(result: dict[str, Any]) -> None:
+        share = "-" if result["bound_share"] is None else f"{result['bound_share']:.0%} of the bound"
+        console.print(f"{result['op']} | {result['case']} | {result['seconds'] * 1e6:,.1f} us | {share}")
+        for name, other in result["peers"].items():
+            text = other if isinstance(other, str) else f"{other / result['seconds']:.2f}x our time"
+            console.print(f"    {name}: {text}")
+
+    chosen = [case for case in kernel_cases(options.op) if not (options.quick and not case.small)]
+    try:
+        report = _kernels_gpu.run(chosen, 5 if options.quick else 21, show)
+    except RuntimeError as error:
+        console.print(f"Nothing to measure: {error}.")
+        return 2
+    if options.out:
+        (RESULTS / "kernels_gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def on_cpu(options: argparse.Namespace, console: Console) -> int:
+    """Measure the ops through XLA; 2 where there is no such op."""
     repeats = 5 if options.quick else 11
     gflops = {name: matmul_gflops(name, repeats) for name in ("float32", "bfloat16")}
     device = jax.devices()[0].device_kind
@@ -155,9 +166,11 @@ def main() -> None:
     )
     results = []
     for name, op, args, dtype, tokens, flops, backward in cases(options.quick):
+        if options.op not in (None, NAMES.get(name.split()[0], name.split()[0])):
+            continue
         operands = jnp.dtype(dtype or jnp.float32).name
-        fwd = tokens / seconds(op, args, repeats)
-        both = tokens / seconds(forward_and_backward(op, args), args, repeats) if backward else None
+        fwd = tokens / seconds(op, *args, repeats=repeats)
+        both = tokens / seconds(forward_and_backward(op, args), *args, repeats=repeats) if backward else None
         bound = tokens * gflops[operands] * 1e9 / flops if flops else None
         results.append(
             {
@@ -169,13 +182,33 @@ def main() -> None:
             }
         )
         table.add_row(name, operands, *(f"{v:,.0f}" if v else "-" for v in (fwd, both, bound)))
-    console = Console()
+    if not results:
+        console.print(f"Nothing to measure: no case of {options.op!r} on the CPU.")
+        return 2
     console.print(table)
     console.print(f"matmul 1024^3: {', '.join(f'{k} {v:.0f} GFLOP/s' for k, v in gflops.items())}")
     if options.out:
         report = {"device": device, "jax": jax.__version__, "matmul_gflops": gflops, "results": results}
-        OUT.write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / "kernels_cpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="what to measure on")
+    parser.add_argument("--op", help="one op, e.g. attention; all by default")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
+    parser.add_argument(
+        "--out", action="store_true", help="write kernels_<device>.json to experiments/results"
+    )
+    options = parser.parse_args(argv)
+    if options.out and options.op:
+        parser.error("--out writes the results of all ops: leave --op out")
+    return (on_gpu if options.device == "gpu" else on_cpu)(options, Console())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
