@@ -15,7 +15,7 @@ from jaxllm.model.gated_delta import GatedDelta
 from jaxllm.model.jet import Jet
 from tests.conftest import commit_seed
 from tests.model import mixer_cases
-from tests.model.mixer_cases import TOLERANCE, Pair, error
+from tests.model.mixer_cases import TOLERANCE, Pair, error, exact, ours
 
 pytestmark = [
     pytest.mark.oracle,
@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
+# How far from float64 we may be where transformers is closer.
+EXACT = 1e-5
 FAMILIES = {"qwen3_next": 3, "olmo_hybrid": 3, "bamba": 1, "granite": 1}
 MANY = {"qwen3_next": 20, "olmo_hybrid": 20, "bamba": 5, "granite": 5}
 
@@ -33,10 +35,22 @@ def cases(counts: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def check(family: str, number: int) -> None:
+    """Ours agrees with theirs; of the delta rule, whose sums are long, both also with float64.
+
+    Two float32 computations may each be 1e-5 away from what is exact: over 40 configurations ours was at worst 1.0e-5 away,
+    theirs 1.1e-5, and ours was the further one in 16. So TOLERANCE is for both together.
+    """
     seed = commit_seed() + number
-    difference = error(getattr(mixer_cases, family)(seed))
+    pair = getattr(mixer_cases, family)(seed)
+    actual = ours(pair)
+    difference = error(pair, actual)
     print(f"{family} seed {seed}: {difference:.1e}")
     assert difference <= TOLERANCE
+    if pair.kind is GatedDelta:
+        truth = replace(pair, expected=exact(pair))
+        mine, theirs = error(truth, actual), error(truth, pair.expected)
+        print(f"away from float64: ours {mine:.1e}, theirs {theirs:.1e}")
+        assert theirs <= TOLERANCE and mine <= max(EXACT, 2.5 * theirs)
 
 
 @pytest.mark.parametrize(("family", "number"), cases(FAMILIES))
