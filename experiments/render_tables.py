@@ -192,6 +192,23 @@ def kernels_aot(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=range(4, 9))}\nCompiled for {where}.{absent}\n"
 
 
+def convert_memory(data: dict[str, Any]) -> str:
+    """What bench/convert_memory.py wrote, in MiB above an idle interpreter."""
+    mib = lambda size: number(size / 2**20, 0)  # noqa: E731
+    known = data["bytes"]
+    lines = [
+        (r["direction"], *(mib(r["above_idle"][name]) for name in ("RssAnon", "RssFile", "VmHWM")))
+        for r in data["results"]
+    ]
+    header = ("conversion", "own memory, MiB", "mapped files, MiB", "resident at most, MiB")
+    sizes = (
+        f"{mib(known['model'])} MiB in {known['shards']} shards; largest shard {mib(known['shard'])} MiB, largest layer "
+        f"{mib(known['layer'])} MiB, together {mib(known['bound'])} MiB"
+    )
+    where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
+    return f"{markdown(header, lines, right=[1, 2, 3])}\nAbove an idle interpreter. Model: {sizes}. Measured on: {where}.\n"
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": quickstart,
     "benchmark": benchmark,
@@ -199,6 +216,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compile_time": compile_time,
     "moe": moe,
     "kernels_aot": kernels_aot,
+    "convert_memory": convert_memory,
 }
 
 

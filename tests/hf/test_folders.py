@@ -122,6 +122,27 @@ def test_a_folder_that_only_modelopt_marks_as_quantised_is_refused(folder: Any, 
             hf.load(source)
 
 
+def test_deferred_tensors_are_read_when_they_are_wanted(folder: Any, tmp_path: Path) -> None:
+    """Each in its own dtype or another one; a model of them is saved without a changed bit."""
+    source = folder("nemotron_moe", jnp.dtype("bfloat16"))
+    whole, later = hf.load(source), hf.load(source, deferred=True)
+    assert later.cfg == whole.cfg
+    found, wanted = flatten(later.params), flatten(whole.params)
+    assert found.keys() == wanted.keys()
+    for name, leaf in found.items():
+        value = leaf.value()
+        assert (value.dtype, leaf.nbytes) == (wanted[name].dtype, wanted[name].nbytes)
+        np.testing.assert_array_equal(value, wanted[name])
+        master = leaf.astype(jnp.float32).value()
+        assert master.dtype == np.float32
+        np.testing.assert_array_equal(master, wanted[name].astype(np.float32))
+    copy = hf.save(later, tmp_path / "copy", dtype=hf.tensor_dtypes(source))
+    assert content(copy) == content(source)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        next(iter(found.values())).value()
+
+
 def test_precision_is_chosen_or_given(folder: Any) -> None:
     model = hf.load(folder(dtype=jnp.bfloat16), Precision(param="float32", compute="bfloat16"))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float32"}

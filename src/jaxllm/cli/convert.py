@@ -58,12 +58,12 @@ def kind_of(source: Path) -> Kind:
 
 
 def read(source: Path, kind: Kind, tokenizer: Path | None) -> "LanguageModel":
-    """The model in ``source`` with its tokenizer, where there is one."""
+    """The model in ``source`` with its tokenizer, where there is one; its parameters stay on disk."""
     from jaxllm import hf
     from jaxllm.data.tokenizer import Tokenizer
     from jaxllm.generation.folders import load_checkpoint
 
-    model = hf.load(source) if kind == "hf" else load_checkpoint(source)
+    model = hf.load(source, deferred=True) if kind == "hf" else load_checkpoint(source, deferred=True)
     if tokenizer is not None:
         model.tokenizer = Tokenizer.load(tokenizer)
         model.chat_template = model.tokenizer.chat_template
@@ -92,7 +92,7 @@ def write_checkpoint(model: "LanguageModel", target: Path) -> Path:
         raise UserError(
             "target", str(target), "a new or empty folder", "Give another name, or remove it first."
         )
-    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), model.params)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), model.params)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, (), zero, jax.random.key_data(jax.random.key(0)), zero, zero)
     with Checkpoints(target / "checkpoints", background=False) as checkpoints:

@@ -11,8 +11,12 @@ def checkpoints_in(folder: Path) -> Path | None:
     return next((place for place in (folder, folder / "checkpoints") if (place / "steps").is_dir()), None)
 
 
-def load_checkpoint(folder: Path) -> LanguageModel:
+def load_checkpoint(folder: Path, *, deferred: bool = False) -> LanguageModel:
     """The newest sound checkpoint of a run folder, or of its ``checkpoints``, with the tokenizer that lies beside it.
+
+    Args:
+        folder: of a run.
+        deferred: as in :meth:`jaxllm.train.checkpoint.Checkpoints.load_params`.
 
     Raises:
         CheckpointError: none is sound.
@@ -23,7 +27,7 @@ def load_checkpoint(folder: Path) -> LanguageModel:
     place = checkpoints_in(folder)
     require(place is not None, "folder", str(folder), "holds no checkpoints")
     assert place is not None
-    cfg, params, _ = Checkpoints(place).load_params()
+    cfg, params, _ = Checkpoints(place).load_params(deferred=deferred)
     model = LanguageModel(cfg, params)
     run = place.parent if place.name == "checkpoints" else place
     for beside in (run, run / "hf"):

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxllm.config import Precision, require
 from jaxllm.hf.config import choose_family, config_from_hf, config_to_hf, family_of
+from jaxllm.hf.deferred import Deferred
 from jaxllm.hf.names import Stored, disk_name, tensor_names
 from jaxllm.hf.tensors import (
     DTYPES,
@@ -122,7 +124,7 @@ def _precision(entries: Mapping[str, Entry]) -> Precision:
     return Precision(param="bfloat16", compute="bfloat16") if size[True] > size[False] else Precision()
 
 
-def load(folder: str | Path, precision: Precision | None = None) -> LanguageModel:
+def load(folder: str | Path, precision: Precision | None = None, *, deferred: bool = False) -> LanguageModel:
     """A model from a Hugging Face folder (config.json, safetensors, tokenizer.json where there is one).
 
     Everything is checked from the headers before the first tensor is read; then tensors are read one at a time.
@@ -130,6 +132,8 @@ def load(folder: str | Path, precision: Precision | None = None) -> LanguageMode
     Args:
         folder: local folder; nothing is downloaded.
         precision: None takes bfloat16 for checkpoints stored so, float32 otherwise.
+        deferred: leave the tensors on disk: parameters are :class:`jaxllm.hf.deferred.Deferred`, each read when it is
+            wanted. For conversions; :func:`save` takes such a model.
 
     Raises:
         ConfigError: config.json has something that jaxllm does not understand or support.
@@ -144,7 +148,8 @@ def load(folder: str | Path, precision: Precision | None = None) -> LanguageMode
     wanted = tensor_names(cfg, family)
     _match(folder, wanted, entries, cfg.tie_embeddings)
     cfg = cfg.replace(precision=precision or _precision(entries))
-    values = _values(wanted, entries, flatten(abstract_params(cfg)))
+    abstract = flatten(abstract_params(cfg))
+    values = _deferred(wanted, entries, abstract) if deferred else _values(wanted, entries, abstract)
     if cfg.tie_embeddings and "lm_head.weight" in entries:
         _check_tied(folder, entries, next(place.name for place in wanted if place.path == "embed.weight"))
     params = map_named(lambda path, _: values[path], abstract_params(cfg))
@@ -163,19 +168,48 @@ def _values(
     values = {}
     for entry, array in read_tensors(entries[place.name] for place in wanted):
         place = place_of[entry.name]
-        path, leaf = place.path, abstract[place.path]
-        array = place.layout.load(array)
+        path = place.path
         missing[path] -= 1
-        if place.index:
-            if path not in parts:
-                parts[path] = np.empty(leaf.shape, leaf.dtype)
-            parts[path][place.index] = array
-            if missing[path] == 0:
-                values[path] = jnp.asarray(parts.pop(path))
-        else:
-            # A copy in C order: a view of a transposed buffer would keep both alive.
-            values[path] = jnp.asarray(np.ascontiguousarray(array.astype(leaf.dtype, copy=False)))
+        _put(parts, place, array, abstract[path])
+        if missing[path] == 0:
+            values[path] = jnp.asarray(parts.pop(path))
     return values
+
+
+def _put(
+    parts: dict[str, np.ndarray], place: Stored, array: np.ndarray, leaf: Any, dtype: Any = None
+) -> None:
+    """Put one stored tensor where it belongs in its parameter, of the shape and, unless told, the dtype of ``leaf``."""
+    # Through the model's own dtype, whatever is asked for: a parameter has one value.
+    array = place.layout.load(array).astype(leaf.dtype, copy=False)
+    dtype = leaf.dtype if dtype is None else dtype
+    if place.index:
+        if place.path not in parts:
+            parts[place.path] = np.empty(leaf.shape, dtype)
+        parts[place.path][place.index] = array
+    else:
+        # A copy in C order: a view of a transposed buffer would keep both alive.
+        parts[place.path] = np.ascontiguousarray(array.astype(dtype, copy=False))
+
+
+def _deferred(
+    wanted: list[Stored], entries: Mapping[str, Entry], abstract: Mapping[str, Any]
+) -> dict[str, Deferred]:
+    """As :func:`_values`, but each parameter is read when it is wanted."""
+    places: dict[str, dict[str, Stored]] = {}
+    for place in wanted:
+        places.setdefault(place.path, {})[entries[place.name].name] = place
+
+    def read(path: str, dtype: np.dtype) -> np.ndarray:
+        parts: dict[str, np.ndarray] = {}
+        for entry, array in read_tensors(entries[place.name] for place in places[path].values()):
+            _put(parts, places[path][entry.name], array, abstract[path], dtype)
+        return parts[path]
+
+    return {
+        path: Deferred(leaf.shape, np.dtype(leaf.dtype), partial(read, path))
+        for path, leaf in abstract.items()
+    }
 
 
 def _check_tied(folder: Path, entries: Mapping[str, Entry], embedding: str) -> None:
@@ -210,7 +244,7 @@ def save(
     model is written with the head's tensor as well.
 
     Args:
-        model: configuration, plain array parameters, tokenizer if any.
+        model: configuration, plain array parameters (or deferred ones: one is in memory at a time), tokenizer if any.
         folder: made if it is not there; an earlier export in it is replaced.
         family: "nemotron_h", "mamba2", "llama", "qwen2", "qwen3", "mixtral", "qwen3_moe" or "jet_nemotron" (whose code
             is on the hub, not in transformers); None takes the one that expresses the model.
@@ -277,8 +311,16 @@ def _outputs(model: LanguageModel, family: str, dtype: str | Mapping[str, str] |
             raise CheckpointError(f"dtype={given!r}: allowed are {', '.join(wanted)}")
         return wanted[given]
 
+    held: dict[str, np.ndarray] = {}
+
     def value(place: Stored) -> np.ndarray:
         array = params[place.path]
+        if isinstance(array, Deferred):
+            # The parts of a parameter are written one after the other: it is read for the first of them.
+            if place.path not in held:
+                held.clear()
+                held[place.path] = array.value()
+            array = held[place.path]
         return place.layout.store(np.asarray(jax.device_get(array[place.index] if place.index else array)))
 
     return [

@@ -10,13 +10,16 @@ import shutil
 import threading
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxllm.config import ModelConfig, require
-from jaxllm.model.functional import Params, abstract_params, flatten, unstack
+from jaxllm.hf.deferred import Deferred
+from jaxllm.model.functional import Params, abstract_params, flatten, map_named, unstack
 from jaxllm.train.seal import damage, seal
 from jaxllm.train.state import TrainState, master_config
 from jaxllm.train.stored import (
@@ -24,6 +27,8 @@ from jaxllm.train.stored import (
     check_model,
     check_names,
     flatten_named,
+    one_by_one,
+    read_array,
     read_arrays,
     read_meta,
 )
@@ -105,7 +110,8 @@ class Checkpoints:
 
         Args:
             step: batches trained on.
-            state: any placement; it may be donated after the call.
+            state: any placement; it may be donated after the call. Leaves may be :class:`jaxllm.hf.deferred.Deferred`
+                if those of the first save are: each is read when it is its turn.
             meta: JSON values; versions are added.
 
         Raises:
@@ -116,7 +122,10 @@ class Checkpoints:
 
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=self.max_to_keep)
-            self._manager = ocp.CheckpointManager(self._steps, options=options, item_names=("state", "meta"))
+            handlers: dict[str, Any] = {"item_names": ("state", "meta")}
+            if any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(state)):
+                handlers = {"item_handlers": {"state": one_by_one(), "meta": ocp.JsonCheckpointHandler()}}
+            self._manager = ocp.CheckpointManager(self._steps, options=options, **handlers)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(flatten_named(state)),
             meta=ocp.args.JsonSave({**meta, "versions": versions()}),
@@ -246,10 +255,14 @@ class Checkpoints:
         """
         return ModelConfig.from_dict(self._sound_meta()[1]["model"])
 
-    def load_params(self) -> tuple[ModelConfig, Params, dict[str, Any]]:
+    def load_params(self, *, deferred: bool = False) -> tuple[ModelConfig, Params, dict[str, Any]]:
         """(configuration, parameters, meta) of the newest sound checkpoint; reads no optimiser state.
 
         Parameters have one entry per layer, however the run held them.
+
+        Args:
+            deferred: leave them on disk, as :class:`jaxllm.hf.deferred.Deferred`. Those of a run with scan_layers lie
+                there stacked, so they are read all the same.
 
         Raises:
             CheckpointError: there is none.
@@ -257,6 +270,12 @@ class Checkpoints:
         folder, meta = self._sound_meta()
         cfg = ModelConfig.from_dict(meta["model"])
         target = abstract_params(master_config(cfg))
+        if deferred and not cfg.scan_layers:
+
+            def later(name: str, leaf: Any, like: Any) -> Deferred:
+                return Deferred(leaf.shape, np.dtype(like.dtype), partial(read_array, folder, PARAMS + name))
+
+            return cfg, map_named(later, target, abstract_params(cfg)), meta
         leaves = read_arrays(folder, {PARAMS + name: leaf for name, leaf in flatten(target).items()})
         treedef = jax.tree_util.tree_structure(target)
         params = jax.tree_util.tree_unflatten(treedef, [leaves[PARAMS + name] for name in flatten(target)])

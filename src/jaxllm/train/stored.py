@@ -1,5 +1,6 @@
 """One saved step on disk: its names, its metadata, its arrays."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxllm.config import ConfigError, ModelConfig
+from jaxllm.hf.deferred import Deferred
+
+# Of an array that is written alone: what is encoded, compressed and written at once.
+CHUNK_BYTES = 2**24
 
 
 class CheckpointError(RuntimeError):
@@ -66,6 +72,28 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def one_by_one() -> Any:
+    """An Orbax handler of states with :class:`Deferred` leaves: each is read, written and let go before the next."""
+    import orbax.checkpoint as ocp
+
+    arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    pieces = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+
+    class Handler(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+            async def write() -> None:
+                for value, info in zip(values, infos):
+                    for written in await arrays.serialize([value.value()], [info], [pieces]):
+                        await asyncio.to_thread(written.result)
+
+            return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="deferred")]
+
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (Deferred, Handler())
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 def read_arrays(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     """The leaves that ``target`` names, of one saved step; others are not read."""
     import orbax.checkpoint as ocp
@@ -84,6 +112,17 @@ def read_arrays(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
             folder / "state",
             args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
         )
+
+
+def read_array(folder: Path, name: str, dtype: np.dtype) -> np.ndarray:
+    """One leaf of one saved step in ``dtype``, in the memory of the host."""
+    import orbax.checkpoint as ocp
+
+    args = ocp.args.PyTreeRestore(
+        item={name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
+    )
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder / "state", args=args)[name].astype(dtype, copy=False)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
