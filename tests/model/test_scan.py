@@ -33,7 +33,8 @@ from jaxllm.train.settings import TrainSettings
 from jaxllm.train.trainer import fit
 from tests.train.tiny import TinyLoader, constant_lr, tiny_batch, tiny_config
 
-PATTERN = "M*E*E"
+# Experts in a group that is not repeated and in one that is.
+PATTERN = "ME*E*E"
 MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=12)
 
 
@@ -85,7 +86,7 @@ def test_same_numbers(remat: str) -> None:
 
     (value, taps), gradient = run(cfg, params)
     (expected, plain_taps), grads = run(plain, single)
-    assert taps["expert_counts"].shape == (2, 4)
+    assert taps["expert_counts"].shape == (3, 4)
     np.testing.assert_array_equal(taps["expert_counts"], plain_taps["expert_counts"])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(taps["hidden"], plain_taps["hidden"], atol=1e-5)
@@ -103,7 +104,7 @@ def test_there_and_back() -> None:
     axes, plain_axes = param_axes(cfg), param_axes(plain)
     stacked = "groups.1.blocks.1.mixer.gate.weight"
     assert [axis.name for axis in axes[stacked]] == ["layers", "embed", "experts"]
-    assert axes[stacked][1:] == plain_axes["layers.4.mixer.gate.weight"]
+    assert axes[stacked][1:] == plain_axes["layers.5.mixer.gate.weight"]
     assert forward_flops_per_token(cfg, 64) == forward_flops_per_token(plain, 64)
     assert sum(active_sizes(cfg).values()) == sum(active_sizes(plain).values())
     # Which parameters decay does not depend on how they are held.
