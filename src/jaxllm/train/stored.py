@@ -75,6 +75,7 @@ def _quiet() -> Iterator[None]:
 def one_by_one() -> Any:
     """An Orbax handler of states with :class:`Deferred` leaves: each is read, written and let go before the next."""
     import orbax.checkpoint as ocp
+    from orbax.checkpoint import future
 
     arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     pieces = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
@@ -86,7 +87,7 @@ def one_by_one() -> Any:
                     for written in await arrays.serialize([value.value()], [info], [pieces]):
                         await asyncio.to_thread(written.result)
 
-            return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="deferred")]
+            return [future.CommitFutureAwaitingContractedSignals(write(), name="deferred")]
 
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (Deferred, Handler())
