@@ -168,7 +168,7 @@ def _moe(**changes: Any) -> Mutant:
 ROUTED: dict[str, Mutant] = {
     "router transposed by one": _params(lambda p, v: jnp.roll(v, 1, 1) if p.endswith("gate.weight") else v),
     "experts off by one": _experts(lambda v: jnp.roll(v, 1, 0), "down_proj"),
-    "one expert lost": _experts(lambda v: v.at[2].set(0), "down_proj"),
+    "half of the experts lost": _experts(lambda v: v.at[::2].set(0), "down_proj"),
     "router scale": _moe(scaling=1.1),
 }
 CORRECTED: dict[str, Mutant] = {

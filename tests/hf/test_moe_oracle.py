@@ -105,8 +105,9 @@ def agrees(config: dict[str, Any], seed: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_random_configuration_of_each_family(family: str, seed: int, tmp_path: Path) -> None:
-    agrees(random_config(family, seed), seed % 1000, tmp_path)
+@pytest.mark.parametrize("number", range(3))
+def test_random_configurations_of_each_family(family: str, number: int, seed: int, tmp_path: Path) -> None:
+    agrees(random_config(family, seed + number), (seed + number) % 1000, tmp_path)
 
 
 @pytest.mark.nightly
