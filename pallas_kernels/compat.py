@@ -6,9 +6,11 @@ use: no import of the library pays for Pallas where no kernel runs.
 
 import contextlib
 import importlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,6 +72,7 @@ def _mosaic_interpreter() -> Any:
     if how is None:
         return False
     plgpu = _module("plgpu")
+    _compile_threads_once()
     if hasattr(plgpu, "InterpretGPUParams"):
         params = plgpu.InterpretGPUParams
     else:
@@ -77,9 +80,31 @@ def _mosaic_interpreter() -> Any:
     return params(detect_races=how.races)
 
 
+def _compile_threads_once() -> None:
+    """0.10.2 compiles the body of a kernel again for every thread of every block, which takes nearly all of the time."""
+    thread_map: Any = importlib.import_module("jax._src.pallas.mosaic.interpret.thread_map")
+    if not hasattr(thread_map, "_run"):
+        thread_map._run_jaxpr = partial(_run_thread, thread_map.jax_core.eval_jaxpr)
+
+
+_threads: dict[int, Any] = {}
+_compiling = threading.Lock()
+
+
+def _run_thread(evaluate: Callable[..., Any], jaxpr: Any, consts: Any, *args: Any) -> None:
+    with _compiling:
+        # The jaxpr is kept, so that no other takes its id.
+        if id(jaxpr) not in _threads:
+            call = jax.jit(lambda consts, *args: evaluate(jaxpr, consts, *args) and None)
+            _threads[id(jaxpr)] = jaxpr, call.lower(consts, *args).compile()
+        _, run = _threads[id(jaxpr)]
+    run(consts, *args)
+
+
 def reset_interpreter() -> None:
     """Forget the shared memory and the races of earlier interpreted Mosaic kernels."""
     _module("callbacks").reset_gpu_interpret_mode_state()
+    _threads.clear()
 
 
 def races_found() -> bool:

@@ -25,6 +25,10 @@ for _name, _value in _OPTIONS.items():
 # The machine-feature check of cached CPU programs logs at error level on every hit; it says nothing of the tests.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+# The warpgroups of an interpreted kernel wait for each other in callbacks, each on a thread of XLA's pool: with as few
+# threads as a small machine has cores they would wait for ever.
+os.environ.setdefault("NPROC", "8")
+
 settings.register_profile("jaxllm", deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
 settings.load_profile("jaxllm")
 
