@@ -1,6 +1,6 @@
 """Public entry of attention."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -9,6 +9,60 @@ from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_operand_dtype, require_shape
 
 _LAYOUTS = {"BTKD": "B, S, K, d", "BKTD": "B, K, S, d"}
+
+
+def _checked(
+    q,
+    k,
+    v,
+    q_positions,
+    kv_positions,
+    q_segment_ids,
+    kv_segment_ids,
+    mask,
+    window,
+    soft_cap,
+    scale,
+    kv_layout,
+    operand_dtype,
+) -> dict[str, Any]:
+    """The keyword arguments of an implementation, once every argument is as the entries say."""
+    require(kv_layout in _LAYOUTS, "kv_layout", kv_layout, "'BTKD' or 'BKTD'")
+    require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, T, H, d]")
+    B, T, H, d = q.shape
+    require(T >= 1, "q.shape", q.shape, "at least one query")
+    letters = _LAYOUTS[kv_layout]
+    shape = k.shape
+    require(
+        len(shape) == 4 and shape[0] == B and shape[3] == d,
+        "k.shape",
+        shape,
+        f"[{letters}], B = {B}, d = {d}",
+    )
+    require_shape("v", v, shape, letters)
+    S, K = (shape[1], shape[2]) if kv_layout == "BTKD" else (shape[2], shape[1])
+    require(S >= 1 and K >= 1, "k.shape", shape, "at least one key")
+    require(H % K == 0, "k.shape", shape, f"K = {K} to divide H = {H}")
+    require_shape("q_positions", q_positions, (B, T), "B, T")
+    require_shape("q_segment_ids", q_segment_ids, (B, T), "B, T")
+    require_shape("kv_positions", kv_positions, (B, S), "B, S")
+    require_shape("kv_segment_ids", kv_segment_ids, (B, S), "B, S")
+    require_shape("mask", mask, (B, T, S), "B, T, S")
+    require(window is None or window >= 1, "window", window, "None or at least 1")
+    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
+    require_operand_dtype(operand_dtype)
+    return {
+        "q_positions": q_positions,
+        "kv_positions": kv_positions,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "mask": mask,
+        "window": window,
+        "soft_cap": soft_cap,
+        "scale": d**-0.5 if scale is None else scale,
+        "kv_layout": kv_layout,
+        "operand_dtype": operand_dtype,
+    }
 
 
 @overload
@@ -97,7 +151,8 @@ def attention(
             are float32); None: that of k. One-token calls always take that of k, so that the cache is read as it
             is.
         return_lse: also return the float32 logarithm of each row's sum of exponentials, for merging.
-        implementation: "auto", "cudnn", "xla" or "reference".
+        implementation: "auto", "mosaic_gpu" (Hopper; bfloat16 operands, no mask, d of 64, 96, 128 or 256), "cudnn",
+            "xla" or "reference".
 
     Returns:
         The output in the dtype of q, 0 where nothing is visible; with ``return_lse`` also lse [B, T, H], -inf
@@ -107,43 +162,92 @@ def attention(
         ValueError: a shape, ``window``, ``soft_cap``, ``kv_layout``, ``operand_dtype`` or ``implementation`` is
             not as above, or K does not divide H.
     """
-    require(kv_layout in _LAYOUTS, "kv_layout", kv_layout, "'BTKD' or 'BKTD'")
-    require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, T, H, d]")
-    B, T, H, d = q.shape
-    require(T >= 1, "q.shape", q.shape, "at least one query")
-    letters = _LAYOUTS[kv_layout]
-    shape = k.shape
-    require(
-        len(shape) == 4 and shape[0] == B and shape[3] == d,
-        "k.shape",
-        shape,
-        f"[{letters}], B = {B}, d = {d}",
+    options = _checked(
+        q,
+        k,
+        v,
+        q_positions,
+        kv_positions,
+        q_segment_ids,
+        kv_segment_ids,
+        mask,
+        window,
+        soft_cap,
+        scale,
+        kv_layout,
+        operand_dtype,
     )
-    require_shape("v", v, shape, letters)
-    S, K = (shape[1], shape[2]) if kv_layout == "BTKD" else (shape[2], shape[1])
-    require(S >= 1 and K >= 1, "k.shape", shape, "at least one key")
-    require(H % K == 0, "k.shape", shape, f"K = {K} to divide H = {H}")
-    require_shape("q_positions", q_positions, (B, T), "B, T")
-    require_shape("q_segment_ids", q_segment_ids, (B, T), "B, T")
-    require_shape("kv_positions", kv_positions, (B, S), "B, S")
-    require_shape("kv_segment_ids", kv_segment_ids, (B, S), "B, S")
-    require_shape("mask", mask, (B, T, S), "B, T, S")
-    require(window is None or window >= 1, "window", window, "None or at least 1")
-    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
-    require_operand_dtype(operand_dtype)
-    options = {
-        "q_positions": q_positions,
-        "kv_positions": kv_positions,
-        "q_segment_ids": q_segment_ids,
-        "kv_segment_ids": kv_segment_ids,
-        "mask": mask,
-        "window": window,
-        "soft_cap": soft_cap,
-        "scale": d**-0.5 if scale is None else scale,
-        "kv_layout": kv_layout,
-        "operand_dtype": operand_dtype,
-        "return_lse": return_lse,
-    }
+    options["return_lse"] = return_lse
     module = dispatch.choose("attention", implementation, q, k, v, **options)
     out, lse = module.run(q, k, v, **options)
     return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B _ _ d"],
+    v: Float[Array, "B _ _ d"],
+    out: Float[Array, "B T H d"],
+    lse: Float[Array, "B T H"],
+    dout: Float[Array, "B T H d"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    q_segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    dlse: Float[Array, "B T H"] | None = None,
+    mask: Bool[Array, "B T S"] | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    kv_layout: str = "BTKD",
+    operand_dtype: DTypeLike | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H d"], Float[Array, "B _ _ d"], Float[Array, "B _ _ d"]]:
+    """Gradients of :func:`attention` from its final output and log-sum-exp.
+
+    The keys given may be a part of those behind ``out`` and ``lse``: over all parts, the gradients of the queries add up
+    and those of keys and values stand side by side. So attention whose keys lie on several devices is differentiated
+    part by part, after the parts are merged.
+
+    Args:
+        q: queries, as in :func:`attention`; so are all arguments not named here.
+        k: keys of this part.
+        v: values of this part.
+        out: the final output.
+        lse: the final log-sum-exp, -inf where a query sees nothing.
+        dout: cotangent of ``out``.
+        dlse: cotangent of ``lse``; None: zeros.
+        implementation: "auto", or one of those of :func:`attention` except "cudnn", which gives no log-sum-exp.
+
+    Returns:
+        Gradients of q, k and v, in their shapes and dtypes.
+
+    Raises:
+        ValueError: as :func:`attention`; or ``out``, ``lse``, ``dout`` or ``dlse`` has another shape.
+    """
+    options = _checked(
+        q,
+        k,
+        v,
+        q_positions,
+        kv_positions,
+        q_segment_ids,
+        kv_segment_ids,
+        mask,
+        window,
+        soft_cap,
+        scale,
+        kv_layout,
+        operand_dtype,
+    )
+    for name, array, letters in (
+        ("out", out, "B, T, H, d"),
+        ("dout", dout, "B, T, H, d"),
+        ("lse", lse, "B, T, H"),
+        ("dlse", dlse, "B, T, H"),
+    ):
+        require_shape(name, array, q.shape[: letters.count(",") + 1], letters)
+    options["return_lse"] = True
+    module = dispatch.choose("attention", implementation, q, k, v, **options)
+    return module.backward(q, k, v, out, lse, dout, dlse, **options)

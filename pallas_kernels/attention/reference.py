@@ -13,6 +13,23 @@ def supports(*_args, operand_dtype=None, **_options) -> str | None:
     return None
 
 
+def _scores(q, k, places, mask, window, soft_cap, scale):
+    """Scores [B, T, H, S] of keys repeated to H heads, and which of them are visible (heads broadcast)."""
+    scores = scale * jnp.einsum("bthd,bshd->bths", q.astype(jnp.float32), k, precision="highest")
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    q_positions, kv_positions, q_segment_ids, kv_segment_ids = places
+    seen = visible(q_positions, kv_positions, q_segment_ids, kv_segment_ids, window, mask)
+    return scores, seen[:, :, None, :]
+
+
+def _repeated(q, k, v, kv_layout):
+    if kv_layout == "BKTD":
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    groups = q.shape[2] // k.shape[2]
+    return (jnp.repeat(w.astype(jnp.float32), groups, axis=2) for w in (k, v))
+
+
 def run(
     q,
     k,
@@ -31,14 +48,9 @@ def run(
     return_lse,
 ):
     del operand_dtype, return_lse
-    if kv_layout == "BKTD":
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(w.astype(jnp.float32), groups, axis=2) for w in (k, v))
-    scores = scale * jnp.einsum("bthd,bshd->bths", q.astype(jnp.float32), k, precision="highest")
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    seen = visible(q_positions, kv_positions, q_segment_ids, kv_segment_ids, window, mask)[:, :, None, :]
+    k, v = _repeated(q, k, v, kv_layout)
+    places = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    scores, seen = _scores(q, k, places, mask, window, soft_cap, scale)
     some = jnp.any(seen, axis=-1, keepdims=True)
     # Rows that see nothing take part with all keys and are overwritten: no -inf - (-inf) in either direction.
     scores = jnp.where(seen | ~some, scores, -jnp.inf)
@@ -48,3 +60,48 @@ def run(
     out = jnp.einsum("bths,bshd->bthd", weights / total, v, precision="highest")
     lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)[..., 0]
     return jnp.where(some, out, 0).astype(q.dtype), lse
+
+
+def backward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    q_positions,
+    kv_positions,
+    q_segment_ids,
+    kv_segment_ids,
+    mask,
+    window,
+    soft_cap,
+    scale,
+    kv_layout,
+    operand_dtype,
+    return_lse,
+):
+    del operand_dtype, return_lse
+    keys, values = _repeated(q, k, v, kv_layout)
+    places = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    scores, seen = _scores(q, keys, places, mask, window, soft_cap, scale)
+    out, dout = out.astype(jnp.float32), dout.astype(jnp.float32)
+    weights = jnp.where(seen, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
+    shift = jnp.sum(out * dout, axis=-1)
+    shift = shift if dlse is None else shift - dlse
+    dweights = jnp.einsum("bthd,bshd->bths", dout, values, precision="highest")
+    dscores = scale * weights * (dweights - shift[..., None])
+    if soft_cap is not None:
+        dscores = dscores * (1 - jnp.square(scores / soft_cap))
+    dq = jnp.einsum("bths,bshd->bthd", dscores, keys, precision="highest")
+    B, T, H, _ = q.shape
+    K = k.shape[2 if kv_layout == "BTKD" else 1]
+    dk, dv = (
+        jnp.einsum("btkgs,btkgd->bskd", *(x.reshape(B, T, K, H // K, -1) for x in pair), precision="highest")
+        for pair in ((dscores, q.astype(jnp.float32)), (weights, dout))
+    )
+    if kv_layout == "BKTD":
+        dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

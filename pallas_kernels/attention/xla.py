@@ -92,13 +92,23 @@ def _attend(q, k, v, q_places, kv_places, window, soft_cap, dtype):
     return _attend_fwd(q, k, v, q_places, kv_places, window, soft_cap, dtype)[0]
 
 
+def _blocked(w, K):
+    """[B, T, H, ...] by blocks of queries, as :func:`_rows` has them."""
+    T = w.shape[1]
+    return _rows(_split(w, -(-T // _BLOCK), min(T, _BLOCK)), K)
+
+
+def _operands(q, k, v, q_places, dtype):
+    """Queries and their places by blocks, keys and values, all in memory."""
+    T = q.shape[1]
+    places = jax.tree.map(lambda w: _split(w, -(-T // _BLOCK), min(T, _BLOCK)), q_places)
+    return hold(_blocked(q, k.shape[1]).astype(dtype)), hold(k.astype(dtype)), hold(v.astype(dtype)), places
+
+
 def _attend_fwd(q, k, v, q_places, kv_places, window, soft_cap, dtype):
     T, K = q.shape[1], k.shape[1]
-    blocks = -(-T // _BLOCK)
-    size = min(T, _BLOCK)
-    keys, values = hold(k.astype(dtype)), hold(v.astype(dtype))
-    queries = hold(_rows(_split(q, blocks, size), K).astype(dtype))
-    places = jax.tree.map(lambda w: _split(w, blocks, size), q_places)
+    queries, keys, values, places = _operands(q, k, v, q_places, dtype)
+    blocks = queries.shape[0]
 
     def step(_, block):
         rows, places = block
@@ -185,3 +195,41 @@ def run(
         outputs: Any = _attend(scaled, k, v, q_places, kv_places, window, soft_cap, dtype)
         out, lse = outputs
     return out.astype(q.dtype), lse
+
+
+def backward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    q_positions,
+    kv_positions,
+    q_segment_ids,
+    kv_segment_ids,
+    mask,
+    window,
+    soft_cap,
+    scale,
+    kv_layout,
+    operand_dtype,
+    return_lse,
+):
+    del return_lse
+    dtype = jnp.dtype(k.dtype if operand_dtype is None else operand_dtype)
+    if kv_layout == "BTKD":
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q_places, kv_places = (q_positions, q_segment_ids, mask), (kv_positions, kv_segment_ids)
+    scaled = q.astype(jnp.float32) * scale
+    queries, keys, values, places = _operands(scaled, k, v, q_places, dtype)
+    kept = tuple(_blocked(w.astype(jnp.float32), k.shape[1]) for w in (out, lse))
+    like = tuple(jnp.zeros((0,), w.dtype) for w in (scaled, k, v))
+    dlse = jnp.zeros_like(lse) if dlse is None else dlse
+    residuals = (queries, keys, values, places, kv_places, *kept, like)
+    dq, dk, dv, _, _ = _attend_bwd(window, soft_cap, dtype, residuals, (dout, dlse))
+    if kv_layout == "BTKD":
+        dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    return (dq * scale).astype(q.dtype), dk, dv

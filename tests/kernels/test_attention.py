@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tree
-from pallas_kernels.attention import attention, merge, xla
+from pallas_kernels.attention import attention, attention_backward, merge, xla
 from tests.kernels.kernel_cases import SEGMENTS, close, documents, normal, values, values_and_grads
 from tests.kernels.tree_cases import path_to, random_parents
 
@@ -101,6 +101,50 @@ def test_the_log_sum_exp_merges_two_halves_of_the_keys_and_has_a_gradient():
         values_and_grads(attention, {**a, **ids}, weights, return_lse=True, implementation=i)
         for i in ("xla", "reference")
     )
+    close(got, wanted, 5e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("kv_layout", "window", "soft_cap"), [("BTKD", None, None), ("BKTD", 6, 1.5)])
+def test_backward_over_parts_of_the_keys_adds_up_to_the_gradient(implementation, kv_layout, window, soft_cap):
+    """From the output and the log-sum-exp of all keys; one part has a mask, which hides nothing."""
+    a, cut = arrays(), 13
+    axis = 1 if kv_layout == "BTKD" else 2
+    if kv_layout == "BKTD":
+        a["k"], a["v"] = a["k"].swapaxes(1, 2), a["v"].swapaxes(1, 2)
+    options = {"window": window, "soft_cap": soft_cap, "kv_layout": kv_layout}
+    # Padding has no log-sum-exp to differentiate.
+    weights = [normal(2, B, T, H, d), normal(2, B, T, H)]
+    weights[1] *= LIVE[..., None]
+
+    def op(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        out, lse = attention(
+            q,
+            k,
+            v,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            q_segment_ids=q_segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            return_lse=True,
+            implementation="reference",
+            **options,
+        )
+        return out, jnp.where(lse == -jnp.inf, 0, lse)
+
+    (out, _), wanted = values_and_grads(op, {**a, **PLACES}, weights)
+    lse = values(attention, {**a, **PLACES}, return_lse=True, implementation="reference", **options)[1]
+    parts = []
+    for at in (slice(0, cut), slice(cut, T)):
+        keys = {name: np.split(a[name], [cut], axis=axis)[at.start > 0] for name in "kv"}
+        places = {name: v[:, at] if name.startswith("kv") else v for name, v in PLACES.items()}
+        seen = {"mask": np.ones((B, T, cut), bool)} if at.start == 0 else {}
+        given = {"q": a["q"], **keys, "out": out, "lse": lse, "dout": weights[0], "dlse": weights[1]}
+        parts.append(
+            values(attention_backward, {**given, **places, **seen}, implementation=implementation, **options)
+        )
+    got = {"q": parts[0][0] + parts[1][0]}
+    got |= {name: np.concatenate([p[n] for p in parts], axis=axis) for n, name in ((1, "k"), (2, "v"))}
     close(got, wanted, 5e-6)
 
 
