@@ -88,6 +88,8 @@ def _compile_threads_once() -> None:
 
 
 _threads: dict[int, Any] = {}
+# Compiled programs take memory maps, of which a process has few.
+_MOST_THREADS = 32
 _compiling = threading.Lock()
 
 
@@ -95,6 +97,8 @@ def _run_thread(evaluate: Callable[..., Any], jaxpr: Any, consts: Any, *args: An
     with _compiling:
         # The jaxpr is kept, so that no other takes its id.
         if id(jaxpr) not in _threads:
+            if len(_threads) >= _MOST_THREADS:
+                _threads.clear()
             call = jax.jit(lambda consts, *args: evaluate(jaxpr, consts, *args) and None)
             _threads[id(jaxpr)] = jaxpr, call.lower(consts, *args).compile()
         _, run = _threads[id(jaxpr)]

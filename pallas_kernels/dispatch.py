@@ -15,7 +15,7 @@ from pallas_kernels.target import Target, target
 
 # Fastest first: ``auto`` takes the first that fits the device, is verified on it, and supports the call.
 IMPLEMENTATIONS = {
-    "attention": ("cudnn", "xla", "reference"),
+    "attention": ("mosaic_gpu", "cudnn", "xla", "reference"),
     "causal_conv": ("xla", "reference"),
     "causal_conv.window": ("xla", "reference"),
     "dynamic_conv": ("xla", "reference"),

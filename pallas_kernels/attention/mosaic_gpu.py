@@ -1,0 +1,144 @@
+"""Attention on Hopper GPUs through Mosaic: TMA copies, WGMMA products, bfloat16 operands and float32 softmax."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.blocks import NO_KEY, NO_QUERY, Places, whole
+from pallas_kernels.attention.common import CONSUMERS, ROWS, statistics
+from pallas_kernels.attention.mosaic_forward import forward
+from pallas_kernels.attention.mosaic_key_gradients import key_gradients
+from pallas_kernels.attention.mosaic_query_gradient import query_gradient
+from pallas_kernels.attention.tiles import DEFAULTS, Tiles
+from pallas_kernels.tiles import tiles
+
+REASON = "warp-specialised TMA and WGMMA kernels of our own, blocks that no query sees left out"
+
+
+def supports(q, k, v, *, mask, scale, operand_dtype, **_options) -> str | None:
+    d = q.shape[3]
+    if d not in DEFAULTS:
+        return f"head dimension {d} is none of {', '.join(map(str, DEFAULTS))}"
+    dtype = jnp.dtype(k.dtype if operand_dtype is None else operand_dtype)
+    if dtype != jnp.bfloat16:
+        return f"operands are bfloat16, not {dtype.name}"
+    if mask is not None:
+        return "it takes no mask beside segments, positions and window"
+    if not scale > 0:
+        return f"scale={scale!r} is not positive"
+    return None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is known when a call is traced."""
+
+    window: int | None
+    soft_cap: float | None
+    scale: float
+    kv_layout: str
+
+    def options(self, d: int) -> dict[str, Any]:
+        return {**vars(self), "tiles": tiles("attention", f"d{d}", DEFAULTS[d])}
+
+
+def _places(q_side: Any, block_q: int, kv_side: Any, block_kv: int) -> tuple[Places, Places]:
+    (q_ids, q_positions), (kv_ids, kv_positions) = q_side, kv_side
+    return whole(q_ids, q_positions, block_q, NO_QUERY), whole(kv_ids, kv_positions, block_kv, NO_KEY)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, q_side, kv_side, call):
+    """Output [B, T, H, d] and lse [B, T, H] of bfloat16 operands; sides: (segment ids, positions)."""
+    options = call.options(q.shape[3])
+    own: Tiles = options["tiles"]
+    queries, keys = _places(q_side, CONSUMERS * ROWS, kv_side, own.block_kv)
+    out, lse = forward(q, k, v, queries, keys, **options)
+    return out, lse.swapaxes(1, 2)
+
+
+def _gradients(q, k, v, q_side, kv_side, out, lse, dout, dlse, call):
+    """dQ, dK and dV in bfloat16."""
+    options = call.options(q.shape[3])
+    own: Tiles = options["tiles"]
+    stats = statistics(out, lse, dout, dlse)
+    operands = (q, k, v, dout.astype(q.dtype), stats)
+    queries, keys = _places(q_side, CONSUMERS * ROWS, kv_side, own.dq_block_kv)
+    dq = query_gradient(*operands, queries, keys, **options)
+    queries, keys = _places(q_side, own.dkv_block_q, kv_side, CONSUMERS * ROWS)
+    return dq, *key_gradients(*operands, queries, keys, **options)
+
+
+def _attend_fwd(q, k, v, q_side, kv_side, call):
+    outputs: Any = _attend(q, k, v, q_side, kv_side, call)
+    return outputs, (q, k, v, q_side, kv_side, *outputs)
+
+
+def _attend_bwd(call, residuals, cotangents):
+    q, k, v, q_side, kv_side, out, lse = residuals
+    dout, dlse = cotangents
+    return *_gradients(q, k, v, q_side, kv_side, out, lse, dout, dlse, call), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+    return (q_segment_ids, q_positions), (kv_segment_ids, kv_positions)
+
+
+def run(
+    q,
+    k,
+    v,
+    *,
+    q_positions,
+    kv_positions,
+    q_segment_ids,
+    kv_segment_ids,
+    mask,
+    window,
+    soft_cap,
+    scale,
+    kv_layout,
+    operand_dtype,
+    return_lse,
+):
+    del mask, operand_dtype, return_lse
+    sides = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    narrow = (w.astype(jnp.bfloat16) for w in (q, k, v))
+    outputs: Any = _attend(*narrow, *sides, _Call(window, soft_cap, scale, kv_layout))
+    out, lse = outputs
+    return out.astype(q.dtype), lse
+
+
+def backward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    q_positions,
+    kv_positions,
+    q_segment_ids,
+    kv_segment_ids,
+    mask,
+    window,
+    soft_cap,
+    scale,
+    kv_layout,
+    operand_dtype,
+    return_lse,
+):
+    del mask, operand_dtype, return_lse
+    q_side, kv_side = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    call = _Call(window, soft_cap, scale, kv_layout)
+    one, two, three = (w.astype(jnp.bfloat16) for w in (q, k, v))
+    grads = _gradients(one, two, three, q_side, kv_side, out, lse, dout, dlse, call)
+    return tuple(g.astype(w.dtype) for g, w in zip(grads, (q, k, v), strict=True))
