@@ -5,7 +5,6 @@ extra ``aot`` (the CUDA plugin of the same version as jax, and ptxas).
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
@@ -14,16 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pallas_kernels.cases import Case, cases
 from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
 
 ROOT = Path(__file__).parents[2]
 _ANSWER = "compiled: "
-_SECONDS = 300
 
 # What XLA wants to know of a device that is not there.
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -83,12 +83,18 @@ class Compilation:
 
 
 def compile_jobs(jobs: Iterable[Job], python: str = sys.executable) -> Iterator[Compilation]:
-    """Every job compiled by child processes of ``python``; a job that ends its process does not end the others.
+    """Every job compiled in a process of its own, as many at a time as there are cores.
+
+    One that dies ends no other; and Mosaic, which compiles the same kernel once a process, tells the resources of each.
 
     Raises:
         RuntimeError: that Python cannot compile at all (no plugin, no ptxas); says why.
     """
-    left = list(jobs)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(partial(_in_a_process, python=python), jobs)
+
+
+def _in_a_process(job: Job, python: str) -> Compilation:
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -96,42 +102,18 @@ def compile_jobs(jobs: Iterable[Job], python: str = sys.executable) -> Iterator[
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    while left:
-        done = 0
-        with tempfile.TemporaryFile("w+") as errors, _child_of(python, env, errors) as child:
-            assert child.stdin is not None and child.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps([asdict(job) for job in left]))
-                child.stdin.close()
-            for line in child.stdout:
-                if not line.startswith(_ANSWER):
-                    continue
-                answer = json.loads(line.removeprefix(_ANSWER))
-                if "cannot" in answer:
-                    raise RuntimeError(answer["cannot"])
-                kernels = tuple(Kernel(**{**k, "notes": tuple(k["notes"])}) for k in answer.pop("kernels"))
-                yield Compilation(**answer, kernels=kernels)
-                done += 1
-            code = child.wait()
-            errors.seek(0)
-            words = errors.read().strip().splitlines()[-1:] or ["without a word"]
-        left = left[done:]
-        if left:
-            job = left.pop(0)
-            why = f"the compiler died ({code}): {words[0]}"
-            yield Compilation(job.module.split(".")[-2], job.case, job.implementation, "", error=why)
-
-
-@contextlib.contextmanager
-def _child_of(python: str, env: dict[str, str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that answers jobs; it ends with the block."""
     command = [python, "-m", "pallas_kernels.proof.aot", "--child"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-    with subprocess.Popen(command, **pipes, text=True, env=env) as child:
-        try:
-            yield child
-        finally:
-            child.kill()
+    done = subprocess.run(command, input=json.dumps(asdict(job)), capture_output=True, text=True, env=env)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
+    if not lines:
+        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        why = f"the compiler died ({done.returncode}): {last}"
+        return Compilation(job.module.split(".")[-2], job.case, job.implementation, "", error=why)
+    answer = json.loads(lines[0].removeprefix(_ANSWER))
+    if "cannot" in answer:
+        raise RuntimeError(answer["cannot"])
+    kernels = tuple(Kernel(**{**k, "notes": tuple(k["notes"])}) for k in answer.pop("kernels"))
+    return Compilation(**answer, kernels=kernels)
 
 
 def _mesh() -> Any:
@@ -182,8 +164,8 @@ def _compile(case: Any, implementation: str, mesh: Any) -> Compilation:
 
 
 def _child() -> None:
-    """Answer the jobs of stdin, one line each."""
-    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    """Answer the job of stdin in one line."""
+    job = Job(**json.load(sys.stdin))
 
     def answer(value: dict[str, Any]) -> None:
         print(_ANSWER + json.dumps(value), flush=True)
@@ -193,9 +175,8 @@ def _child() -> None:
     except Exception as error:
         answer({"cannot": f"no CUDA compiler for this Python: {type(error).__name__}: {error}"[:400]})
         return
-    for job in jobs:
-        case = next(c for c in importlib.import_module(job.module).CASES if c.name == job.case)
-        answer(asdict(_compile(case, job.implementation, mesh)))
+    case = next(c for c in importlib.import_module(job.module).CASES if c.name == job.case)
+    answer(asdict(_compile(case, job.implementation, mesh)))
 
 
 def jobs(op: str | None = None, text: str = "") -> list[Job]:
