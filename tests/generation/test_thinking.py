@@ -138,6 +138,21 @@ def test_the_machine_follows_the_rule(features, shapes, seed, busy):
             assert thinking <= most + len(budget.close)
 
 
+@pytest.mark.parametrize(("end", "close"), [((5,), (5,)), ((4, 5), (9, 4, 5))])
+def test_an_end_on_the_last_allowed_token_is_not_forced_again(end, close):
+    features = Features(thinking=True)
+    # The model ends by itself on its fourth token, which is also where the budget closes.
+    asked = [ThinkingBudget(4, close, end, 0)] * ROWS
+    thought = [8] * (4 - len(end)) + list(end)
+    script = np.full((STEPS, ROWS), 8)
+    script[: len(thought)] = np.asarray(thought)[:, None]
+    got = play(slots(asked, [[1, 2]] * ROWS, features), jnp.asarray(script, jnp.int32), features)
+    assert np.array_equal(got, script)
+    script[len(thought) - 1] = 8
+    got = np.asarray(play(slots(asked, [[1, 2]] * ROWS, features), jnp.asarray(script, jnp.int32), features))
+    assert (got[4 : 4 + len(close)] == np.asarray(close)[:, None]).all()
+
+
 def test_a_bound_that_is_reached():
     """No newline and no end: exactly budget + grace tokens, then the closing ids, then the model again."""
     asked = [ThinkingBudget(5, (9, 10), (10,), grace=3), None, *[ThinkingBudget(-1, (9,), (9,))] * 3]
