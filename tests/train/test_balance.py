@@ -12,7 +12,7 @@ import pytest
 from jaxllm.config import ConfigError, MoEConfig, MTPConfig
 from jaxllm.model.functional import flatten, init_params, map_named, merge
 from jaxllm.model.moe import balance as balance_of
-from jaxllm.train.balance import BIAS, corrected, imbalance
+from jaxllm.train.balance import BIAS, Routing, corrected, imbalance, joined
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.state import init_state
 from jaxllm.train.step import StepSettings, batch_loss, gradients, make_train_step
@@ -175,6 +175,20 @@ def test_experts_of_prediction_blocks_are_balanced_too(blocks: int) -> None:
     loads_of = np.stack(wanted)
     np.testing.assert_allclose(metrics.imbalance, (loads_of.max(1) / loads_of.mean(1)).max(), rtol=1e-6)
     assert 0.9 * (1 + blocks) < float(metrics.balance_loss)
+
+
+def test_a_shared_block_counts_once_in_the_loss() -> None:
+    """Its tokens are those of all depths, its loss the mean over them; blocks of their own add up."""
+    main, first, second = (
+        Routing(jnp.full((1, 2), n), jnp.float32(v)) for n, v in ((5, 1.0), (2, 3.0), (4, 7.0))
+    )
+    shared = joined(main, [first, second], blocks=1)
+    assert shared is not None and shared.counts.tolist() == [[5, 5], [6, 6]]
+    assert float(shared.balance) == 1.0 + (3.0 + 7.0) / 2
+    own = joined(main, [first, second], blocks=2)
+    assert own is not None and own.counts.tolist() == [[5, 5], [2, 2], [4, 4]]
+    assert float(own.balance) == 1.0 + 3.0 + 7.0
+    assert joined(main, [None], blocks=1) is main
 
 
 def deeper(batch: Any) -> Any:
