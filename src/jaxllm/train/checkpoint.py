@@ -23,6 +23,7 @@ from jaxllm.model.functional import Params, abstract_params, flatten, map_named,
 from jaxllm.train.seal import damage, seal
 from jaxllm.train.state import TrainState, master_config
 from jaxllm.train.stored import (
+    CHUNK_BYTES,
     CheckpointError,
     check_model,
     check_names,
@@ -120,14 +121,18 @@ class Checkpoints:
         self.wait()
         import orbax.checkpoint as ocp
 
+        deferred = any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(state))
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=self.max_to_keep)
             handlers: dict[str, Any] = {"item_names": ("state", "meta")}
-            if any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(state)):
+            if deferred:
                 handlers = {"item_handlers": {"state": one_by_one(), "meta": ocp.JsonCheckpointHandler()}}
             self._manager = ocp.CheckpointManager(self._steps, options=options, **handlers)
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(flatten_named(state)),
+            # Encoded bytes wait in memory until a file of them is full.
+            state=ocp.args.PyTreeSave(
+                flatten_named(state), ocdbt_target_data_file_size=CHUNK_BYTES if deferred else None
+            ),
             meta=ocp.args.JsonSave({**meta, "versions": versions()}),
         )
         self._manager.save(step, args=args, force=True)

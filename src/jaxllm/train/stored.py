@@ -13,7 +13,7 @@ import numpy as np
 from jaxllm.config import ConfigError, ModelConfig
 from jaxllm.hf.deferred import Deferred
 
-# Of an array that is written alone: what is encoded, compressed and written at once.
+# Where arrays are written alone: what is encoded and compressed at once, and the size of the files.
 CHUNK_BYTES = 2**24
 
 
