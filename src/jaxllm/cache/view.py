@@ -1,6 +1,6 @@
 """One layer's paged keys and values as the rows of a step see them: what policies read (contract 4)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -59,6 +59,7 @@ class View:
         tail_k: [B, K, t, d], the open tail.
         tail_v: as tail_k.
         tail_len: i32[B], tokens in the tail.
+        scale: as ``Layout.scale``; static.
     """
 
     slots: Any
@@ -69,6 +70,7 @@ class View:
     tail_k: Any
     tail_v: Any
     tail_len: Any
+    scale: float = field(metadata={"static": True})
 
     @property
     def page(self) -> int:

@@ -50,4 +50,5 @@ def view(
         tail_k=tails[0],
         tail_v=tails[1],
         tail_len=jnp.asarray(length - sealed, jnp.int32),
+        scale=sizes.scale,
     )

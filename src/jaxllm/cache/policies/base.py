@@ -169,6 +169,9 @@ class Policy:
     def triggers(self, state: PolicyState, view: View, ended: Bool[Array, " B"]) -> Bool[Array, " B"] | None:
         """Rows that need ``maintain`` now; None: never any.
 
+        The cache passes over rows whose prompt goes on after this step, whatever comes out for them: a prompt in chunks
+        is maintained as if it had come at once.
+
         Args:
             state: after ``observe``.
             view: after the step's tokens were appended and full pages sealed.
