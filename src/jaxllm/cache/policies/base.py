@@ -158,7 +158,14 @@ class Policy:
         return None
 
     def select(self, state: PolicyState, q: Float[Array, "B W H d"], view: View) -> Selection | None:
-        """Which sealed pages or tokens this step reads, pure and without trace; None: all."""
+        """Which sealed pages or tokens this step reads, pure and without trace; None: all.
+
+        Args:
+            state: of this layer.
+            q: queries after RoPE. A window's padding repeats a live query of its row (``heads.repeat_live``), so that
+                what a row reads does not depend on how far it was padded.
+            view: with the step's tokens in the open tail; of a window, as it was before it.
+        """
         return None
 
     def observe(self, state: PolicyState, view: View, seen: Seen) -> PolicyState:
