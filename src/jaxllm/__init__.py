@@ -13,7 +13,7 @@ _HOMES = {
     "GenerationResult": "jaxllm.generation.results",
     "HybridLM": "jaxllm.model.hybrid",
     "JetConfig": "jaxllm.config",
-    "KVCache": "jaxllm.cache.state",
+    "KVCache": "jaxllm.cache.kv",
     "LanguageModel": "jaxllm.model.functional",
     "MLPConfig": "jaxllm.config",
     "MoEConfig": "jaxllm.config",

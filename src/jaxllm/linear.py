@@ -14,13 +14,15 @@ from pallas_kernels.precision import contract
 
 @dataclass(frozen=True)
 class Context:
-    """What a call carries beside its arrays; everything but ``rng`` is static.
+    """What a call carries beside its arrays; everything but ``ended`` and ``rng`` is static.
 
     Attributes:
         precision: dtypes of the run.
         taps: names of what layers shall report in ``aux`` (contract 7).
         remat: "none", "layer" (keep layer inputs only) or "dots" (keep matrix products as well).
         kv_bound: cached positions that attention reads (a bucket over every row's length); None: all.
+        ended: bool[B, n], segments whose prompt ends with this call (cache policies may evict then); None: none.
+        drafting: what this call adds to the cache may be rolled back.
         implementation: of the kernels; "auto" lets the dispatcher choose.
         rng: key for stochastic weights.
     """
@@ -29,6 +31,8 @@ class Context:
     taps: frozenset[str] = frozenset()
     remat: str = "none"
     kv_bound: int | None = None
+    ended: Any = None
+    drafting: bool = False
     implementation: str = "auto"
     rng: Any = None
 

@@ -9,7 +9,7 @@ import pytest
 
 import jaxllm
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import KVCache
+from jaxllm.cache.kv import KVCache
 from jaxllm.config import GatedDeltaConfig, JetConfig
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.generation import steps

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import KVCache, init_cache
+from jaxllm.cache.kv import KVCache
+from jaxllm.cache.state import init_cache
 from jaxllm.config import Precision
 from jaxllm.generation import steps, weights
 from jaxllm.generation.sampling import Features, init_sampling

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import KVCache
+from jaxllm.cache.kv import KVCache
 from jaxllm.generation import steps
 from jaxllm.generation.budget import CLOSING, FREE, THINKING, ThinkingBudget
 from jaxllm.generation.engine import Engine, EngineConfig

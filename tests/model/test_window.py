@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import KVCache, init_cache
+from jaxllm.cache.kv import KVCache
+from jaxllm.cache.state import init_cache
 from jaxllm.config import Precision
 from tests.kernels.tree_cases import path_to, random_parents
 from tests.model.window_cases import (
@@ -94,7 +95,7 @@ def test_every_node_is_extend_over_its_path_and_the_cache_stays(name, page, name
     w = Window(name, seed, page=page, named=named)
     logits, window = steps(w.cfg)[1](w.batch, w.cache)
     check_nodes(w, logits)
-    for layer, state in zip(window.layers, w.cache.layers, strict=True):
+    for layer, state in zip(window.layers, w.cache.opened(), strict=True):
         assert layer is None or (assert_caches_equal(layer.state, state) is None)
 
 

@@ -1,123 +1,146 @@
 """What a sequence leaves behind between tokens: slot pools, passed in and returned (contracts 2, 4 and 9).
 
-Attention layers own a pool of pages ``[pages, K, page, d]``; slot s owns pages s * n .. s * n + n - 1, one after the
-other, so that a slot is read as a slice. Recurrent layers own ``[S, ...]`` pools. Keys are cached after RoPE.
+Full attention layers own slots in one piece (:mod:`jaxllm.cache.rows`) or pages behind tables
+(:mod:`jaxllm.cache.paged`), sliding windows rings (:mod:`jaxllm.cache.ring`), recurrent layers ``[S, ...]`` pools. Keys
+are cached after RoPE.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from jaxllm.batch import Leaf, PackedBatch
+from jaxllm.cache.bits import stored_dtype
+from jaxllm.cache.kv import KVCache
+from jaxllm.cache.paged import PagedState, PageGroup, pool_of
+from jaxllm.cache.policies.base import Policy, check_layers
+from jaxllm.cache.recurrent import MatrixState, RecurrentState, drop
+from jaxllm.cache.ring import RingState
+from jaxllm.cache.rows import RowState
+from jaxllm.cache.view import Layout
 from jaxllm.config import ModelConfig, positive, require
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """How keys and values are kept.
-
-    Attributes:
-        dtype: "compute" (the run's compute dtype), "float32" or "bfloat16".
-        page_size: tokens of a page; None makes each slot one page, the fastest to read while slots share none.
-    """
-
-    dtype: str = "compute"
-    page_size: int | None = None
-
-    def __post_init__(self) -> None:
-        require(
-            self.dtype in ("compute", "float32", "bfloat16"),
-            "kv.dtype",
-            self.dtype,
-            "compute, float32 or bfloat16",
-        )
-        require(
-            self.page_size is None or self.page_size >= 1,
-            "kv.page_size",
-            self.page_size,
-            "None or at least 1",
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionState:
-    """Keys and values of one layer: [S * pages_per_slot, K, page, d] each.
-
-    bfloat16 is stored as its bits, uint16: XLA:CPU scatters integers in place, but would convert a whole pool of
-    bfloat16 to float32 and back for every token written.
-    """
-
-    k: Leaf
-    v: Leaf
-    pages_per_slot: int = field(metadata={"static": True})
-
-    @property
-    def page(self) -> int:
-        """Tokens of a page."""
-        return self.k.shape[2]
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens of a slot."""
-        return self.pages_per_slot * self.page
-
-
-class RecurrentState:
-    """A layer whose whole memory of a slot is a fixed number of values: ``[S, ...]`` pools, zeroed at admission."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MatrixState(RecurrentState):
-    """conv [S, k-1, channels]: last raw inputs of the convolution; matrix f32[S, heads, ., .]: the recurrence's state."""
-
-    conv: Leaf
-    matrix: Leaf
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """The states of all layers, one entry per pattern letter; None where a layer keeps nothing."""
+    """The states of all layers, one entry per pattern letter; None where a layer keeps nothing.
+
+    Attributes:
+        layers: as the layers keep them.
+        groups: tables and lengths of the paged layers, one for each retention rule.
+    """
 
     layers: tuple[Any, ...]
+    groups: tuple[PageGroup, ...] = ()
+
+    def opened(self) -> tuple[Any, ...]:
+        """The layers' states, paged ones with their group: what a mixer takes."""
+        return tuple(
+            replace(state, pages=self.groups[state.group]) if isinstance(state, PagedState) else state
+            for state in self.layers
+        )
+
+    def closed(self, states: tuple[Any, ...]) -> "Cache":
+        """The cache that the mixers' states make; the layers of a group agree on its lengths."""
+        groups = list(self.groups)
+        for state in states:
+            if isinstance(state, PagedState) and state.pages is not None:
+                groups[state.group] = state.pages
+        layers = (replace(state, pages=None) if isinstance(state, PagedState) else state for state in states)
+        return Cache(layers=tuple(layers), groups=tuple(groups))
 
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
 def layer_state(
-    cfg: ModelConfig, letter: str, slots: int, capacity: int, kv: KVCache
-) -> AttentionState | RecurrentState | None:
+    cfg: ModelConfig,
+    letter: str,
+    slots: int,
+    capacity: int,
+    kv: KVCache,
+    policy: Policy | None = None,
+    group: int = 0,
+    pages: int | None = None,
+) -> Any:
     """A zeroed state of one layer with pattern letter ``letter``; arguments as in :func:`init_cache`."""
-    compute = jnp.dtype(cfg.precision.compute)
     recurrent = {"M": cfg.mamba, "G": cfg.delta, "J": cfg.jet}.get(letter)
     if recurrent is not None:
         return MatrixState(
-            conv=jnp.zeros((slots, recurrent.conv_kernel - 1, recurrent.conv_size), compute),
+            conv=jnp.zeros(
+                (slots, recurrent.conv_kernel - 1, recurrent.conv_size), jnp.dtype(cfg.precision.compute)
+            ),
             matrix=jnp.zeros((slots, *recurrent.state_shape), jnp.float32),
         )
-    if letter in "*W":
-        a = cfg.attention
-        assert a is not None
-        page = capacity if kv.page_size is None else kv.page_size
-        require(
-            capacity % page == 0, "kv.page_size", page, f"must divide the slot capacity of {capacity} tokens"
-        )
-        dtype = compute if kv.dtype == "compute" else jnp.dtype(kv.dtype)
-        dtype = jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
-        n = capacity // page
-        shape = (slots * n, a.num_kv_heads, page, a.head_dim)
-        return AttentionState(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), pages_per_slot=n)
-    return None
+    if letter not in "*W":
+        return None
+    a = cfg.attention
+    assert a is not None
+    dtype = stored_dtype(kv.float_dtype(cfg.precision))
+    if letter == "W":
+        assert a.window is not None
+        shape = (slots, a.num_kv_heads, min(a.window + kv.draft, capacity), a.head_dim)
+        return RingState(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), capacity=capacity)
+    policy = policy or Policy()
+    page = kv.pages_of(policy)
+    if page is None:
+        shape = (slots, a.num_kv_heads, capacity, a.head_dim)
+        return RowState(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    n = capacity // page
+    layout = Layout(
+        slots=slots,
+        pages=slots * n if pages is None else pages,
+        pages_per_slot=n,
+        page=page,
+        tail=page + kv.draft,
+        kv_heads=a.num_kv_heads,
+        group=a.num_heads // a.num_kv_heads,
+        head_dim=a.head_dim,
+        scale=a.head_dim**-0.5,
+    )
+    policy.check(layout)
+    tail = jnp.zeros((slots, a.num_kv_heads, layout.tail, a.head_dim), dtype)
+    return PagedState(
+        k=pool_of(layout, dtype, kv.bits, kv.keys_per_channel),
+        v=pool_of(layout, dtype, kv.bits),
+        tail_k=tail,
+        tail_v=jnp.zeros_like(tail),
+        memory=policy.init(layout),
+        policy=policy,
+        layout=layout,
+        group=group,
+        consecutive=pages is None,
+    )
 
 
-def init_cache(cfg: ModelConfig, slots: int, capacity: int, kv: KVCache | None = None) -> Cache:
+def cache_groups(
+    cfg: ModelConfig, policy: Policy | None
+) -> tuple[tuple[Policy | None, ...], tuple[int, ...]]:
+    """The retention rules of a model's full attention layers: (rules, index of the rule of each such layer).
+
+    A rule is None, everything stays, or a policy that evicts.
+    """
+    policy = policy or Policy()
+    count = cfg.pattern.count("*")
+    check_layers(policy, count)
+    chosen = [policy.at(layer) for layer in range(count)]
+    rules = [p if p.evicts else None for p in chosen]
+    distinct = tuple(dict.fromkeys(rules))
+    return distinct, tuple(distinct.index(rule) for rule in rules)
+
+
+def init_cache(
+    cfg: ModelConfig,
+    slots: int,
+    capacity: int,
+    kv: KVCache | None = None,
+    policy: Policy | None = None,
+    pages: tuple[int, ...] | None = None,
+) -> Cache:
     """Zeroed pools for every layer.
 
     Args:
@@ -125,120 +148,118 @@ def init_cache(cfg: ModelConfig, slots: int, capacity: int, kv: KVCache | None =
         slots: S; sequences held at once.
         capacity: most tokens that a slot holds.
         kv: dtype and page size of keys and values.
+        policy: what attention reads and what stays; None: everything. A policy brings pages with it.
+        pages: physical pages of every cache group (:func:`cache_groups`), which an allocator hands out: tables start
+            empty. None: every slot owns as many as its capacity needs.
 
     Raises:
-        ConfigError: a size below 1, or a page size that does not divide ``capacity``.
+        ConfigError: a size below 1, a page size that does not divide ``capacity``, or a policy that cannot work with
+            this model or these sizes.
     """
     positive(slots=slots, capacity=capacity)
-    kv = kv or KVCache()
-    return Cache(layers=tuple(layer_state(cfg, letter, slots, capacity, kv) for letter in cfg.pattern))
+    kv, policy = kv or KVCache(), policy or Policy()
+    if type(policy) is not Policy or policy.overrides:
+        require(
+            "*" in cfg.pattern, "policy", policy, "the model has no full attention layer that it could serve"
+        )
+    page = kv.pages_of(policy)
+    if page is None and (type(policy) is not Policy or policy.overrides):
+        kv, page = replace(kv, page_size=16), 16
+    require(
+        page is None or capacity % page == 0,
+        "kv.page_size",
+        page,
+        f"must divide the slot capacity of {capacity} tokens",
+    )
+    rules, member = cache_groups(cfg, policy)
+    require(
+        pages is None or (page is not None and len(pages) == len(rules)),
+        "pages",
+        pages,
+        f"one number for each of the {len(rules)} cache groups of a paged cache",
+    )
+    layers, seen = [], 0
+    for letter in cfg.pattern:
+        if letter == "*":
+            group = member[seen]
+            pool = None if pages is None else pages[group]
+            chosen = replace(kv, page_size=page)
+            layers.append(layer_state(cfg, letter, slots, capacity, chosen, policy.at(seen), group, pool))
+            seen += 1
+        else:
+            layers.append(layer_state(cfg, letter, slots, capacity, kv))
+    groups = ()
+    if page is not None and rules:
+        groups = tuple(
+            _group(slots, capacity // page, None if pages is None else pages[i]) for i in range(len(rules))
+        )
+    return Cache(layers=tuple(layers), groups=groups)
 
 
-def state_bytes(cfg: ModelConfig, length: int, kv: KVCache | None = None) -> int:
+def _group(slots: int, n: int, pages: int | None) -> PageGroup:
+    own = jnp.arange(slots * n, dtype=jnp.int32).reshape(slots, n)
+    table = own if pages is None else jnp.full((slots, n), pages, jnp.int32)
+    return PageGroup(table, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
+
+
+def state_bytes(
+    cfg: ModelConfig, length: int, kv: KVCache | None = None, policy: Policy | None = None
+) -> int:
     """Bytes that one sequence of ``length`` tokens leaves behind."""
-    return jax.eval_shape(lambda: init_cache(cfg, 1, length, kv)).nbytes()
+    return jax.eval_shape(lambda: init_cache(cfg, 1, length, kv, policy)).nbytes()
 
 
 def zero_slots(cache: Cache, slots: Int[Array, " n"]) -> Cache:
-    """Admission: recurrent pools are zeroed at ``slots`` (-1: none); keys past a row's length are never visible."""
+    """Admission: what belongs to ``slots`` (-1: none) starts anew; keys past a row's length are never visible."""
 
-    def zero(state: Any) -> Any:
-        if not isinstance(state, RecurrentState):
-            return state
-        return jax.tree.map(lambda pool: pool.at[_drop(slots, len(pool))].set(0, mode="drop"), state)
+    def zero(pool: Any) -> Any:
+        return pool.at[drop(slots, len(pool))].set(0, mode="drop")
 
-    return replace(cache, layers=tuple(zero(state) for state in cache.layers))
+    def fresh(state: Any) -> Any:
+        if isinstance(state, RecurrentState):
+            return jax.tree.map(zero, state)
+        if isinstance(state, PagedState):
+            memory = replace(state.memory, per_slot=jax.tree.map(zero, state.memory.per_slot))
+            return replace(state, memory=memory)
+        return state
 
-
-def _drop(slots: Any, size: int) -> Any:
-    """Slot -1 becomes an index past the end, which scatters drop and gathers fill with zeros."""
-    return jnp.where(slots < 0, size, slots)
-
-
-def read_rows(pool: Float[Array, "S ..."], batch: PackedBatch) -> Float[Array, "B n ..."]:
-    """The recurrent state of every segment of ``batch``; zeros for slot -1."""
-    if batch.slots is None:
-        return pool[: batch.shape[0], None]
-    return pool.at[_drop(batch.slots, len(pool))].get(mode="fill", fill_value=0)
+    groups = (replace(g, length=zero(g.length), sealed=zero(g.sealed)) for g in cache.groups)
+    return Cache(layers=tuple(fresh(state) for state in cache.layers), groups=tuple(groups))
 
 
-def write_rows(pool: Float[Array, "S ..."], batch: PackedBatch, value: Float[Array, "B n ..."]) -> Any:
-    """``pool`` with the segments' new states; slot -1 is dropped."""
-    value = value.astype(pool.dtype)
-    if batch.slots is None:
-        rows = batch.shape[0]
-        return value[:, 0] if rows == len(pool) else pool.at[:rows].set(value[:, 0])
-    return pool.at[_drop(batch.slots, len(pool))].set(value, mode="drop")
+def rolled_back(cache: Cache, slots: Int[Array, " n"], tokens: Int[Array, " n"]) -> Cache:
+    """The last ``tokens`` drafted tokens of every slot (-1: none) leave its open tail again.
 
-
-def _token_slots(batch: PackedBatch, slots: int) -> Any:
-    """i32[B, T]: the slot of each token; an index past the end for padding and slot -1."""
-    if batch.slots is None:
-        owner = jnp.arange(batch.shape[0], dtype=jnp.int32)[:, None]
-        return jnp.where(batch.segment_ids > 0, owner, slots)
-    owner = jnp.take_along_axis(batch.slots, jnp.maximum(batch.segment_ids - 1, 0), axis=1)
-    return jnp.where((batch.segment_ids > 0) & (owner >= 0), owner, slots)
-
-
-def _stored(value: Array, dtype: Any) -> Array:
-    """``value`` as a pool of ``dtype`` keeps it."""
-    if dtype != jnp.uint16:
-        return value.astype(dtype)
-    return jax.lax.bitcast_convert_type(value.astype(jnp.bfloat16), jnp.uint16)
-
-
-def _loaded(stored: Array) -> Array:
-    """The floats of what a pool keeps."""
-    return stored if stored.dtype != jnp.uint16 else jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
-
-
-def write_kv(
-    state: AttentionState, batch: PackedBatch, k: Float[Array, "B T K d"], v: Float[Array, "B T K d"]
-) -> AttentionState:
-    """``state`` with every valid token's key and value at (its slot, its position)."""
-    slots = len(state.k) // state.pages_per_slot
-    owner = _token_slots(batch, slots)
-    page = owner * state.pages_per_slot + batch.positions // state.page
-    # A position past the capacity, or any of padding, must not reach another slot's pages.
-    page = jnp.where((owner < slots) & (batch.positions < state.capacity), page, len(state.k))
-    offset = batch.positions % state.page
-    return replace(
-        state,
-        k=state.k.at[page, :, offset].set(_stored(k, state.k.dtype), mode="drop"),
-        v=state.v.at[page, :, offset].set(_stored(v, state.v.dtype), mode="drop"),
-    )
-
-
-def read_kv(
-    state: AttentionState, batch: PackedBatch, bound: int | None
-) -> tuple[Float[Array, "B K L d"], Float[Array, "B K L d"], Int[Array, "B L"], Int[Array, "B L"]]:
-    """Keys, values, their positions and their segment ids for every row, L = n * bound.
-
-    Args:
-        state: one layer's pages.
-        batch: names the slots; n segments per row.
-        bound: positions read of each slot; at least every row's length. None reads the capacity.
+    Only what was appended with ``drafting`` may be taken back, at most ``KVCache.draft`` tokens. Recurrent layers and
+    rings of those slots come back through :func:`restored`.
     """
-    n = state.pages_per_slot
-    bound = state.capacity if bound is None else min(bound, state.capacity)
-    pages = -(-bound // state.page)
-    rows = batch.shape[0]
-    segments = 1 if batch.slots is None else batch.slots.shape[1]
+    groups = (
+        replace(g, length=g.length.at[drop(slots, len(g.length))].add(-tokens, mode="drop"))
+        for g in cache.groups
+    )
+    return replace(cache, groups=tuple(groups))
 
-    def read(pool: Any) -> Any:
-        _, heads, page, d = pool.shape
-        per_slot = pool.reshape(-1, n, heads, page, d)
-        if batch.slots is None:
-            kept = per_slot[:rows, :pages, :, :bound][:, None]
-        else:
-            kept = per_slot.at[_drop(batch.slots, len(per_slot)), :pages].get(mode="fill", fill_value=0)
-            kept = kept[..., :bound, :] if pages == 1 else kept
-        if pages == 1 and segments == 1:
-            return kept[:, 0, 0]
-        kept = jnp.moveaxis(kept, 3, 1).reshape(rows, heads, segments, -1, d)
-        return kept[:, :, :, :bound].reshape(rows, heads, segments * bound, d)
 
-    index = jnp.arange(segments * bound, dtype=jnp.int32)
-    positions = jnp.broadcast_to(index % bound, (rows, segments * bound))
-    owners = jnp.broadcast_to(index // bound + 1, (rows, segments * bound))
-    return _loaded(read(state.k)), _loaded(read(state.v)), positions, owners
+def snapshot(cache: Cache, slots: Int[Array, " n"]) -> tuple[Any, ...]:
+    """What recurrent layers and rings hold of ``slots``: with the pages' lengths all that a slot is."""
+
+    def taken(state: Any) -> Any:
+        if not isinstance(state, RecurrentState | RingState):
+            return None
+        return jax.tree.map(
+            lambda pool: pool.at[drop(slots, len(pool))].get(mode="fill", fill_value=0), state
+        )
+
+    return tuple(taken(state) for state in cache.layers)
+
+
+def restored(cache: Cache, slots: Int[Array, " n"], kept: tuple[Any, ...]) -> Cache:
+    """The inverse of :func:`snapshot`, into ``slots`` (-1: none)."""
+
+    def put(state: Any, values: Any) -> Any:
+        if values is None:
+            return state
+        write = lambda pool, value: pool.at[drop(slots, len(pool))].set(value, mode="drop")  # noqa: E731
+        return jax.tree.map(write, state, values)
+
+    return replace(cache, layers=tuple(put(state, values) for state, values in zip(cache.layers, kept)))

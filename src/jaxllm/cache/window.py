@@ -11,22 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxllm.batch import Leaf, PackedBatch
-from jaxllm.cache.state import AttentionState, MatrixState, read_kv
+from jaxllm.cache.recurrent import MatrixState
 from pallas_kernels import tree
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionWindow:
-    """``state`` before the window, the window itself, and its keys (after RoPE) and values, [B, W, K, d] each."""
-
-    state: AttentionState
-    batch: PackedBatch
-    k: Leaf
-    v: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -44,9 +33,11 @@ class RecurrentWindow:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CacheWindow:
-    """The window states of all layers, one entry per pattern letter; None where a layer keeps nothing."""
+    """The window states of all layers, one entry per pattern letter (None where a layer keeps nothing), and the tables
+    and lengths that they go on from."""
 
     layers: tuple[Any, ...]
+    groups: tuple[Any, ...] = ()
 
 
 def window_ancestors(batch: PackedBatch) -> Bool[Array, "B W W"]:
@@ -71,14 +62,11 @@ def accepted_nodes(batch: PackedBatch, path: Int[Array, "B m"], n: Int[Array, " 
     return jnp.any(hit, axis=1) & (batch.segment_ids > 0)
 
 
-def read_committed(
-    state: AttentionState, batch: PackedBatch, ancestors: Bool[Array, "B W W"], bound: int | None
-) -> tuple[Float[Array, "B K L d"], Float[Array, "B K L d"], Int[Array, "B L"], Int[Array, "B L"]]:
-    """:func:`jaxllm.cache.state.read_kv` with segment id 0 from each row's first uncommitted position on.
+def committed_lengths(batch: PackedBatch, ancestors: Bool[Array, "B W W"]) -> Int[Array, "B 1"]:
+    """Tokens that each row's slot has committed; 0 for a row of padding, which sees nothing anyway.
 
-    What lies there was left by an earlier request, or by tokens that were never committed.
+    What lies behind them was left by an earlier request, or by tokens that were never committed.
     """
-    k, v, positions, owners = read_kv(state, batch, bound)
-    # Every live node tells the same number; a row of padding sees nothing anyway.
+    # Every live node tells the same number.
     start = jnp.where(batch.segment_ids > 0, batch.positions - tree.depths(ancestors), 0)
-    return k, v, positions, jnp.where(positions < jnp.max(start, axis=1, keepdims=True), owners, 0)
+    return jnp.max(start, axis=1, keepdims=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxllm.cache.state import KVCache
+from jaxllm.cache.kv import KVCache
 from jaxllm.config import ModelConfig, require
 from jaxllm.generation.buckets import multiple, power_of_two
 from jaxllm.generation.budget import Marker, ThinkingBudget, prompt_budgets, sequence_width

@@ -6,14 +6,16 @@ It owns no time, file or socket. Offline generation and the server are clients o
 import heapq
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import KVCache, init_cache
+from jaxllm.cache.kv import KVCache
+from jaxllm.cache.policies.base import Policy
+from jaxllm.cache.state import init_cache
 from jaxllm.config import ModelConfig, positive, require
 from jaxllm.generation.buckets import power_of_two
 from jaxllm.generation.request import Event, Running, SamplingParams, union
@@ -35,11 +37,13 @@ class EngineConfig:
         slots: requests decoded at once.
         capacity: most positions of a request, prompt and output.
         kv: how keys and values are kept.
+        policy: what attention reads of them, and which stay.
         chunk: longest piece of a prompt that one call reads.
         stop_width: most stop ids of a request.
         penalties: requests may use penalties (costs slots * vocabulary counts).
         vocab_limit: ids of the tokenizer, where the model has more; the others are never sampled. None: all are.
         thinking_width: longest closing or ending sequence of a thinking budget; 0: requests may have none.
+        taps: what layers report of every decode step, for :attr:`Engine.reports`.
         newline_ids: ids whose text has a newline, at which a thinking budget may close; only with budgets.
     """
 
@@ -52,6 +56,8 @@ class EngineConfig:
     vocab_limit: int | None = None
     thinking_width: int = 0
     newline_ids: frozenset[int] = frozenset()
+    policy: Policy = field(default_factory=Policy)
+    taps: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         positive(slots=self.slots, capacity=self.capacity, chunk=self.chunk, stop_width=self.stop_width)
@@ -75,7 +81,7 @@ class Engine:
         self.cfg = cfg
         self.params = params
         self.config = config
-        self._cache = init_cache(cfg, config.slots, config.capacity, config.kv)
+        self._cache = init_cache(cfg, config.slots, config.capacity, config.kv, config.policy)
         counted = cfg.vocab_size if config.penalties else None
         self._sampling = init_sampling(
             config.slots,

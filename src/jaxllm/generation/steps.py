@@ -34,12 +34,14 @@ class StepOutput:
         logprobs: f32[k, R] or None.
         top_ids: i32[k, R, n] or None.
         top_logprobs: f32[k, R, n] or None.
+        aux: what ``taps`` asked for, [k, layers that report, R, ...] each; anything where a step was not taken.
     """
 
     tokens: Leaf
     logprobs: Leaf = None
     top_ids: Leaf = None
     top_logprobs: Leaf = None
+    aux: Leaf = None
 
 
 def _admit(
@@ -60,7 +62,7 @@ def _prefill(
     bound: int | None,
 ) -> tuple[StepOutput, Cache, SamplingState]:
     model = functional.merge(cfg, params)
-    ctx = model.context(kv_bound=bound)
+    ctx = model.context(kv_bound=bound, ended=final[:, None])
     h, cache, _ = model.extend(batch, cache, ctx)
     rows = batch.shape[0]
     length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
@@ -80,14 +82,19 @@ def _prefill(
     return _output(drawn, final, lambda leaf: leaf[None]), cache, sampling.put(slots, state)
 
 
-def _output(drawn: Sampled, valid: Any, shape: Any) -> StepOutput:
+def _output(drawn: Sampled, valid: Any, shape: Any, aux: Any = None) -> StepOutput:
     tokens = jnp.where(valid, drawn.tokens, -1)
-    leaves = (tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
+    leaves = (tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, aux)
     return StepOutput(*(None if leaf is None else shape(leaf) for leaf in leaves))
 
 
 def _decode_one(
-    model: Any, cache: Cache, state: SamplingState, features: Features, bound: int | None
+    model: Any,
+    cache: Cache,
+    state: SamplingState,
+    features: Features,
+    bound: int | None,
+    taps: frozenset[str],
 ) -> tuple[StepOutput, Cache, SamplingState]:
     live = state.live
     batch = PackedBatch(
@@ -95,10 +102,11 @@ def _decode_one(
         segment_ids=live.astype(jnp.int32)[:, None],
         positions=state.position[:, None],
     )
-    ctx = model.context(kv_bound=bound)
-    h, cache, _ = model.extend(batch, cache, ctx)
+    ctx = model.context(kv_bound=bound, taps=taps)
+    h, cache, aux = model.extend(batch, cache, ctx)
     drawn = sample(model.head(h, ctx)[:, 0], state, state.position + 1, features)
-    return _output(drawn, live, lambda leaf: leaf), cache, advance(state, drawn.tokens, live, features)
+    out = _output(drawn, live, lambda leaf: leaf, aux if taps else None)
+    return out, cache, advance(state, drawn.tokens, live, features)
 
 
 def _decode_step(
@@ -113,10 +121,11 @@ def _decode_step(
     rows: int,
     bound: int | None,
     k: int,
+    taps: frozenset[str] = frozenset(),
 ) -> tuple[StepOutput, Cache, SamplingState]:
     model = functional.merge(cfg, params)
     state = sampling.rows(slice(0, rows))
-    one = functools.partial(_decode_one, model, features=features, bound=bound)
+    one = functools.partial(_decode_one, model, features=features, bound=bound, taps=taps)
     if k == 1:
         out, cache, state = one(cache, state)
         out = jax.tree.map(lambda leaf: leaf[None], out)
@@ -163,7 +172,7 @@ def _decode_jit(operands: str) -> Any:
     # Built at the first call: its options need the backend, which importing must not start.
     return jax.jit(
         _decode_step,
-        static_argnames=("cfg", "features", "rows", "bound", "k"),
+        static_argnames=("cfg", "features", "rows", "bound", "k", "taps"),
         donate_argnums=(1, 2),
         compiler_options=decode_options(operands),
     )
@@ -220,6 +229,7 @@ def decode_step(
     k: int = 1,
     steps: int | None = None,
     least_live: int = 1,
+    taps: frozenset[str] = frozenset(),
 ) -> tuple[StepOutput, Cache, SamplingState]:
     """Decode up to ``steps`` tokens of every live slot below ``rows`` in one call.
 
@@ -234,15 +244,22 @@ def decode_step(
         k: length of the output buffer; static.
         steps: steps to take, at most k; None: k.
         least_live: stop as soon as fewer rows than this live.
+        taps: what layers shall report (contract 7); static.
 
     Returns:
         k steps of ``rows`` rows (token -1 where a row was not live or the step was not taken), cache, sampling.
     """
     taken = k if steps is None else min(steps, k)
     step = _decode_jit(cfg.precision.operand or cfg.precision.compute)
-    return step(
-        params, cache, sampling, taken, least_live, cfg=cfg, features=features, rows=rows, bound=bound, k=k
-    )
+    static: dict[str, Any] = {
+        "cfg": cfg,
+        "features": features,
+        "rows": rows,
+        "bound": bound,
+        "k": k,
+        "taps": taps,
+    }
+    return step(params, cache, sampling, taken, least_live, **static)
 
 
 def compiled_programs() -> int:

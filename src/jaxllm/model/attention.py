@@ -3,19 +3,20 @@
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axis, Product
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import AttentionState, read_kv, write_kv
-from jaxllm.cache.window import AttentionWindow, accepted_nodes, read_committed, window_ancestors
+from jaxllm.cache import attend
+from jaxllm.cache.attend import AttentionState, AttentionWindow
+from jaxllm.cache.options import AttendOptions
+from jaxllm.cache.window import accepted_nodes
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
 from jaxllm.model.layers import Linear, RMSNorm
 from jaxllm.model.rope import apply_rope
-from pallas_kernels.attention import attention, merge
+from pallas_kernels.attention import attention
 
 
 class Attention(nnx.Module):
@@ -75,54 +76,28 @@ class Attention(nnx.Module):
     def extend(
         self, x: Float[Array, "B T D"], batch: PackedBatch, state: AttentionState, ctx: Context
     ) -> tuple[Float[Array, "B T D"], AttentionState, dict[str, Any]]:
-        """Prefill chunk or decode: write this chunk's keys and values, then read the slots."""
-        q, k, v = self._qkv(x, batch, ctx)
-        state = write_kv(state, batch, k, v)
-        k_BKLd, v_BKLd, kv_positions, kv_segment_ids = read_kv(state, batch, ctx.kv_bound)
-        y = attention(
-            q,
-            k_BKLd,
-            v_BKLd,
-            q_positions=batch.positions,
-            kv_positions=kv_positions,
-            q_segment_ids=batch.segment_ids,
-            kv_segment_ids=kv_segment_ids,
-            window=self.sliding_window,
-            kv_layout="BKTD",
-            operand_dtype=ctx.precision.operand,
-            implementation=ctx.implementation,
-        )
-        return self._out(y, ctx), state, {}
+        """Prefill chunk or decode: the chunk joins its slots, and reads what they hold."""
+        y, state, reports = attend.extend(state, *self._qkv(x, batch, ctx), batch, self._options(ctx))
+        return self._out(y, ctx), state, reports
 
     def window(
         self, x: Float[Array, "B W D"], batch: PackedBatch, state: AttentionState, ctx: Context
     ) -> tuple[Float[Array, "B W D"], AttentionWindow, dict[str, Any]]:
-        """Read on without writing: the slot's committed keys, and of the window's the node's own and its ancestors'."""
-        q, k, v = self._qkv(x, batch, ctx)
-        ancestors = window_ancestors(batch)
-        k_BKLd, v_BKLd, kv_positions, kv_segment_ids = read_committed(state, batch, ancestors, ctx.kv_bound)
-        # As the slot would keep them, so that a window sees what later tokens will see.
-        k, v = k.astype(k_BKLd.dtype), v.astype(v_BKLd.dtype)
-        attend = partial(
-            attention,
-            # The parts are merged before the output is rounded.
-            q.astype(jnp.float32),
-            q_positions=batch.positions,
-            q_segment_ids=batch.segment_ids,
-            window=self.sliding_window,
-            operand_dtype=ctx.precision.operand,
-            return_lse=True,
-            implementation=ctx.implementation,
-        )
-        before = attend(
-            k_BKLd, v_BKLd, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids, kv_layout="BKTD"
-        )
-        within = attend(k, v, kv_positions=batch.positions, kv_segment_ids=batch.segment_ids, mask=ancestors)
-        y, _ = merge(before, within)
-        return self._out(y.astype(x.dtype), ctx), AttentionWindow(state, batch, k, v), {}
+        """Read on without writing: what the slot has committed, and of the window the node itself and its ancestors."""
+        y, window = attend.window(state, *self._qkv(x, batch, ctx), batch, self._options(ctx))
+        return self._out(y, ctx), window, {}
 
     def commit(self, window: AttentionWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> AttentionState:
-        """The accepted keys and values join their slot at their positions; past the capacity they are dropped."""
-        accepted = accepted_nodes(window.batch, path, n)
-        batch = window.batch.replace(segment_ids=accepted.astype(jnp.int32))
-        return write_kv(window.state, batch, window.k, window.v)
+        """The accepted keys and values join their slot."""
+        return attend.commit(window, accepted_nodes(window.batch, path, n))
+
+    def _options(self, ctx: Context) -> AttendOptions:
+        return AttendOptions(
+            window=self.sliding_window,
+            operand=ctx.precision.operand,
+            implementation=ctx.implementation,
+            bound=ctx.kv_bound,
+            ended=ctx.ended,
+            drafting=ctx.drafting,
+            taps=ctx.taps,
+        )

@@ -136,7 +136,7 @@ class HybridLM(nnx.Module):
         h = self.embed(batch.tokens, ctx)
         hidden: list[Any] = [h]
         left, reports = [], []
-        for block, state in zip(self.layers, cache.layers, strict=True):
+        for block, state in zip(self.layers, cache.opened(), strict=True):
             h, kept, report = read(block, h, batch, state, ctx)
             left.append(kept)
             hidden.append(h)
@@ -148,7 +148,7 @@ class HybridLM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache, Aux]:
         """Final hidden states of a chunk that goes on from ``cache``, the cache after it, and taps as in ``hidden``."""
         h, states, aux = self._read_on(Block.extend, batch, cache, ctx)
-        return h, Cache(layers=states), aux
+        return h, cache.closed(states), aux
 
     def predict(
         self, h: Float[Array, "B T D"], batch: PackedBatch, ctx: Context | None = None, *, depth: int = 1
@@ -199,7 +199,7 @@ class HybridLM(nnx.Module):
             ValueError: ``parents`` or ``slots`` has not the shape of a window's.
         """
         h, windows, aux = self._read_on(Block.window, batch, cache, ctx)
-        return h, CacheWindow(layers=windows), aux
+        return h, CacheWindow(layers=windows, groups=cache.groups), aux
 
     def commit(self, window: CacheWindow, path: Int[Array, "B m"], n: Int[Array, " B"]) -> Cache:
         """The cache as if only one path of the window had been run by ``extend``.
@@ -212,7 +212,8 @@ class HybridLM(nnx.Module):
                 positions past the slot's capacity are dropped, as ``extend`` does: who grows a window keeps count.
         """
         layers = zip(self.layers, window.layers, strict=True)
-        return Cache(layers=tuple(block.mixer.commit(state, path, n) for block, state in layers))
+        states = tuple(block.mixer.commit(state, path, n) for block, state in layers)
+        return Cache(layers=(), groups=window.groups).closed(states)
 
     def head(self, h: Float[Array, "B T D"], ctx: Context | None = None) -> Float[Array, "B T V"]:
         """Logits in float32."""

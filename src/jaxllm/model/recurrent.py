@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.state import MatrixState, read_rows, write_rows
+from jaxllm.cache.recurrent import MatrixState, read_rows, write_rows
 from jaxllm.cache.window import RecurrentWindow, accepted_nodes, window_ancestors
 from jaxllm.linear import Context
 from pallas_kernels.causal_conv.window import causal_conv_commit

@@ -7,8 +7,8 @@ slots. The cache calls the verbs in this order:
     (the step's tokens join the open tails)
     due, select                    # decode steps and windows; a prefill always reads everything
     (attention)
-    observe                        # what attention has seen
     on_append                      # metadata of the pages that are full now and sealed
+    observe                        # what attention has seen
     triggers, maintain             # periodic; the only verb that may evict
 
 Windows of speculation append nothing before their commit, so they run ``select`` alone and leave no trace.
@@ -64,7 +64,8 @@ class Seen(NamedTuple):
             visible. Negative: padding.
         lse: f32[B, T, H], logarithm of each query's sum of exponentials.
         mass: f32[B, K, L], probability of every stored token, averaged over the query heads of its KV head and the
-            step's live queries; None unless the policy asked (``wants_mass``, ``due``) and this is a decode step.
+            step's live queries; 0 for rows that are not ``due``; None unless the policy asked (``wants_mass``,
+            ``due``) and this is a decode step.
     """
 
     q: Any
@@ -169,8 +170,7 @@ class Policy:
         return None
 
     def observe(self, state: PolicyState, view: View, seen: Seen) -> PolicyState:
-        """Learn from what attention has seen; ``view`` is after the step's tokens were appended, before pages are sealed
-        (so its tail may hold more than a page, and in a prefill every token of the chunk is in ``view`` already)."""
+        """Learn from what attention has seen; ``view`` is after the step's tokens were appended and full pages sealed."""
         return state
 
     def triggers(self, state: PolicyState, view: View, ended: Bool[Array, " B"]) -> Bool[Array, " B"] | None:

@@ -1,0 +1,204 @@
+"""Paged layers against a plain model: chunks, decode steps, drafts, windows, evictions, any dtype and table."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxllm.batch import PackedBatch
+from jaxllm.cache import attend
+from jaxllm.cache.kv import KVCache
+from jaxllm.cache.options import AttendOptions
+from jaxllm.cache.policies.base import Policy
+from jaxllm.cache.state import Cache, init_cache, rolled_back, zero_slots
+from jaxllm.config import AttentionConfig, ModelConfig
+from tests.cache.paged_model import PAGE, D, Ends, G, K, OddPages, Slot
+
+SLOTS, CAPACITY, CHUNK, W = 3, 32, 8, 5
+H = K * G
+CFG = ModelConfig(
+    vocab_size=8,
+    hidden_size=8,
+    pattern="*",
+    attention=AttentionConfig(num_heads=H, num_kv_heads=K, head_dim=D),
+)
+KINDS = {
+    "float32": (KVCache(page_size=PAGE), Policy(), 2e-5),
+    "bfloat16": (KVCache("bfloat16", PAGE), Policy(), 2e-2),
+    "int8": (KVCache("int8", PAGE, draft=W), Policy(), 2e-5),
+    "int4 by channel": (KVCache("int4", PAGE, keys_per_channel=True), Policy(), 2e-5),
+    "odd pages": (KVCache("int4", PAGE, draft=W), OddPages(), 2e-5),
+    "ends": (KVCache(page_size=PAGE, draft=W), Ends(), 2e-5),
+    "ends, int8": (KVCache("int8", PAGE), Ends(), 2e-5),
+}
+
+
+@functools.cache
+def steps():
+    # Policies, dtypes and layouts are static parts of the state.
+    def extend(cache: Cache, q: Any, k: Any, v: Any, batch: PackedBatch, ended: Any, drafting: bool):
+        (state,) = cache.opened()
+        y, state, _ = attend.extend(state, q, k, v, batch, AttendOptions(ended=ended, drafting=drafting))
+        return y, cache.closed((state,))
+
+    def window(cache: Cache, q: Any, k: Any, v: Any, batch: PackedBatch):
+        (state,) = cache.opened()
+        return attend.window(state, q, k, v, batch, AttendOptions())
+
+    def commit(cache: Cache, window: Any, accepted: Any):
+        return cache.closed((attend.commit(window, accepted),))
+
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    return jit(extend, static_argnames="drafting"), jit(window), jit(commit)
+
+
+class Twin:
+    """A cache and its model, driven together."""
+
+    def __init__(self, kind: str, rng: np.random.Generator, shuffled: bool):
+        self.kv, self.policy, self.tolerance = KINDS[kind]
+        self.rng = rng
+        n = CAPACITY // PAGE
+        pages = (SLOTS * n + 4,) if shuffled else None
+        cache = init_cache(CFG, SLOTS, CAPACITY, self.kv, self.policy, pages)
+        fill = lambda leaf: jnp.asarray(rng.integers(1, 9, leaf.shape), leaf.dtype)  # noqa: E731
+        cache = replace(cache, layers=jax.tree.map(fill, cache.layers))
+        if shuffled:
+            table = rng.permutation(SLOTS * n + 4)[: SLOTS * n].reshape(SLOTS, n)
+            groups = (replace(cache.groups[0], table=jnp.asarray(table, jnp.int32)),)
+            cache = replace(cache, groups=groups)
+        self.cache = zero_slots(cache, jnp.arange(SLOTS))
+        self.slots = [Slot([], []) for _ in range(SLOTS)]
+        # Positions go on where tokens are evicted.
+        self.positions = [0] * SLOTS
+
+    def values(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Random q, k, v."""
+        draw = lambda heads: self.rng.normal(size=(rows, length, heads, D)).astype(np.float32)  # noqa: E731
+        return draw(H), draw(K), draw(K)
+
+    def visible(self, slot: Slot, upto: int, reads_all: bool) -> list[int]:
+        """Tokens that attention reads: those selected among the sealed ones, and all that follow."""
+        if reads_all or not isinstance(self.policy, OddPages):
+            return list(range(upto))
+        return [i for i in range(upto) if i >= slot.sealed or (i // PAGE) % 2]
+
+    def room(self, slot: int) -> int:
+        return CAPACITY - len(self.slots[slot].k) - W - 1
+
+    def settle(self, slot: int, ended: bool, able: bool = True) -> None:
+        """Seal, and evict as ``Ends`` does."""
+        mine = self.slots[slot]
+        seal = lambda: mine.seal(self.kv.bits, self.kv.keys_per_channel, self.dtype)  # noqa: E731
+        seal()
+        if isinstance(self.policy, Ends) and able:
+            p, length = self.policy, len(mine.k)
+            if length >= p.most or (ended and length > p.head + p.recent):
+                mine.keep([*range(p.head), *range(length - p.recent, length)])
+                seal()
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.bfloat16 if self.kv.dtype == "bfloat16" else jnp.float32
+
+    def extend(self, counts: list[int], length: int, drafting: bool = False, ended: bool = False) -> None:
+        """A chunk (or with length 1 a decode step) of ``counts`` tokens for each slot."""
+        q, k, v = self.values(SLOTS, length)
+        batch = PackedBatch.from_rows(np.zeros((SLOTS, length)), lengths=counts, offset=self.positions)
+        flags = np.full((SLOTS, 1), ended) & (np.asarray(counts) > 0)[:, None]
+        y, self.cache = steps()[0](self.cache, q, k, v, batch, flags, drafting=drafting)
+        for slot, count in enumerate(counts):
+            mine = self.slots[slot]
+            for i in range(count):
+                mine.k.append(self.rounded(k[slot, i]))
+                mine.v.append(self.rounded(v[slot, i]))
+                expected = mine.attend(q[slot, i], self.visible(mine, len(mine.k), length > 1))
+                np.testing.assert_allclose(y[slot, i], expected, rtol=self.tolerance, atol=self.tolerance)
+            self.positions[slot] += count
+            if count and not drafting:
+                self.settle(slot, ended, length == 1 or ended)
+        self.check()
+
+    def rounded(self, token: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(token).astype(self.dtype).astype(jnp.float32))
+
+    def draft(self) -> None:
+        """Decode a few tokens, and take them back."""
+        taken = [int(self.rng.integers(0, self.kv.draft + 1)) for _ in range(SLOTS)]
+        before = jax.tree.map(np.asarray, (self.cache.layers[0].k, self.cache.layers[0].memory))
+        for step in range(max(taken)):
+            self.extend([int(step < count) for count in taken], 1, drafting=True)
+        self.cache = rolled_back(self.cache, jnp.arange(SLOTS), jnp.asarray(taken))
+        for slot, count in enumerate(taken):
+            mine = self.slots[slot]
+            self.positions[slot] -= count
+            mine.k, mine.v = mine.k[: len(mine.k) - count], mine.v[: len(mine.v) - count]
+        after = (self.cache.layers[0].k, self.cache.layers[0].memory)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(a, b)
+        self.check()
+
+    def window(self) -> None:
+        """A tree of W nodes, of which one path's first nodes are committed."""
+        q, k, v = self.values(SLOTS, W)
+        parents = np.stack([[int(self.rng.integers(-1, i)) for i in range(W)] for _ in range(SLOTS)])
+        batch = PackedBatch.from_rows(np.zeros((SLOTS, W)), offset=self.positions, parents=parents)
+        y, window = steps()[1](self.cache, q, k, v, batch)
+        accepted = np.zeros((SLOTS, W), bool)
+        for slot in range(SLOTS):
+            mine, paths = self.slots[slot], []
+            for node in range(W):
+                paths.append(([] if parents[slot, node] < 0 else paths[parents[slot, node]]) + [node])
+                extra = Slot(
+                    mine.k + [self.rounded(k[slot, i]) for i in paths[node]],
+                    mine.v + [self.rounded(v[slot, i]) for i in paths[node]],
+                    mine.sealed,
+                )
+                seen = self.visible(extra, len(extra.k), False)
+                expected = extra.attend(q[slot, node], seen)
+                np.testing.assert_allclose(y[slot, node], expected, rtol=self.tolerance, atol=self.tolerance)
+            path = paths[int(self.rng.integers(0, W))]
+            path = path[: int(self.rng.integers(0, len(path) + 1))]
+            accepted[slot, path] = True
+            mine.k += [self.rounded(k[slot, i]) for i in path]
+            mine.v += [self.rounded(v[slot, i]) for i in path]
+            self.positions[slot] += len(path)
+            if path:
+                self.settle(slot, False)
+        self.cache = steps()[2](self.cache, window, accepted)
+        self.check()
+
+    def admit(self) -> None:
+        slot = int(self.rng.integers(0, SLOTS))
+        self.cache = zero_slots(self.cache, jnp.asarray([slot, -1]))
+        self.slots[slot], self.positions[slot] = Slot([], []), 0
+
+    def check(self) -> None:
+        np.testing.assert_array_equal(self.cache.groups[0].length, [len(s.k) for s in self.slots])
+        np.testing.assert_array_equal(self.cache.groups[0].sealed, [s.sealed for s in self.slots])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), shuffled=st.booleans())
+def test_a_layer_does_what_the_plain_model_does(kind: str, seed: int, shuffled: bool):
+    rng = np.random.default_rng(seed)
+    twin = Twin(kind, rng, shuffled)
+    moves = ["chunk", "end", "decode", "decode", "window", "admit"] + ["draft"] * (twin.kv.draft > 0)
+    for _ in range(12):
+        move = rng.choice(moves)
+        room = [twin.room(slot) for slot in range(SLOTS)]
+        if move in ("chunk", "end"):
+            counts = [int(rng.integers(0, max(0, min(CHUNK, r)) + 1)) for r in room]
+            twin.extend(counts, CHUNK, ended=move == "end")
+        elif move == "decode":
+            for _ in range(int(rng.integers(1, 6))):
+                twin.extend([int(rng.random() < 0.8 and twin.room(slot) > 0) for slot in range(SLOTS)], 1)
+        elif min(room) > 0:
+            getattr(twin, move)()
