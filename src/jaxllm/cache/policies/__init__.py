@@ -1,1 +1,6 @@
 """Cache policies: what attention reads of the stored tokens, and what stays stored. One file each."""
+
+from jaxllm.cache.policies.base import Policy
+from jaxllm.cache.policies.quest import Quest
+
+__all__ = ["Policy", "Quest"]
