@@ -2,5 +2,6 @@
 
 from jaxllm.cache.policies.base import Policy
 from jaxllm.cache.policies.quest import Quest
+from jaxllm.cache.policies.streaming import StreamingLLM
 
-__all__ = ["Policy", "Quest"]
+__all__ = ["Policy", "Quest", "StreamingLLM"]
