@@ -3,7 +3,8 @@
 from jaxllm.cache.policies.base import Policy
 from jaxllm.cache.policies.quest import Quest
 from jaxllm.cache.policies.rkv import RKV
+from jaxllm.cache.policies.snapkv import SnapKV
 from jaxllm.cache.policies.streaming import StreamingLLM
 from jaxllm.cache.policies.tactic import Tactic
 
-__all__ = ["Policy", "Quest", "RKV", "StreamingLLM", "Tactic"]
+__all__ = ["Policy", "Quest", "RKV", "SnapKV", "StreamingLLM", "Tactic"]
