@@ -2,10 +2,11 @@
 
 from jaxllm.cache.policies.base import Policy
 from jaxllm.cache.policies.h2o import H2O
+from jaxllm.cache.policies.pillar import Pillar
 from jaxllm.cache.policies.quest import Quest
 from jaxllm.cache.policies.rkv import RKV
 from jaxllm.cache.policies.snapkv import SnapKV
 from jaxllm.cache.policies.streaming import StreamingLLM
 from jaxllm.cache.policies.tactic import Tactic
 
-__all__ = ["H2O", "Policy", "Quest", "RKV", "SnapKV", "StreamingLLM", "Tactic"]
+__all__ = ["H2O", "Pillar", "Policy", "Quest", "RKV", "SnapKV", "StreamingLLM", "Tactic"]
