@@ -38,7 +38,8 @@ def _rewritten(state: PagedState, view: View, keep: Keep, rows: Bool[Array, " V"
     V, K, m = keep.tokens.shape
     count = jnp.where(rows, keep.count, 0)
     tokens = jnp.where(jnp.arange(m) < count[:, None, None], keep.tokens, -1)
-    whole, most = count // page, m // page
+    most = min(m // page, view.table.shape[1])
+    whole = jnp.minimum(count // page, most)
     k, v = view.read_keys(tokens), view.read_values(tokens)
 
     def paged(values: Array) -> Array:

@@ -8,6 +8,7 @@ from jaxllm.cache.policies.base import Policy
 from jaxllm.config import Precision, one_of, require
 
 _BITS = {"int8": 8, "int4": 4}
+_PAGE = 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class KVCache:
         """Tokens of a page under ``policy``; None: slots in one piece."""
         if self.page_size is not None:
             return self.page_size
-        wanted = [policy.default_page_size, *(p.default_page_size for _, p in policy.overrides)]
-        wanted = [size for size in wanted if size is not None]
-        return max(wanted) if wanted else (16 if self.bits or self.draft else None)
+        used = [policy, *(each for _, each in policy.overrides)]
+        wanted = [each.default_page_size for each in used if each.default_page_size is not None]
+        if wanted:
+            return max(wanted)
+        paged = self.bits is not None or self.draft or any(type(each) is not Policy for each in used)
+        return _PAGE if paged else None

@@ -168,29 +168,34 @@ def _decode(
     due = policy.due(memory, view) if q.shape[1] == 1 else None
     recall = "kv_recall" in options.taps
 
-    def selected(_: Any) -> Attended:
-        some = attend(selection, False)
-        none = jnp.zeros((*view.tail_k.shape[:2], view.tokens), jnp.float32)
-        return some._replace(mass=none) if due is not None else some
-
-    def everything(_: Any) -> Attended:
-        full, some = attend(None, True), attend(selection, False)
-        assert due is not None
-
-        def pick(a: Array, b: Array) -> Array:
-            return jnp.where(jnp.reshape(due, (-1, *[1] * (a.ndim - 1))), a, b)
-
-        out, lse, read = (
-            pick(a, b) for a, b in zip((full.out, full.lse, full.read), (some.out, some.lse, some.read))
-        )
-        mass = jnp.where(due[:, None, None], full.mass, 0)
-        return full._replace(out=out, lse=lse, read=read, mass=mass)
-
-    done = selected(None) if due is None else jax.lax.cond(jnp.any(due), everything, selected, None)
+    done = attend(selection, False) if due is None else _due(attend, selection, due, view)
     if recall:
         share = _recall(attend(None, True).mass, selection, policy.granularity, view)
         done = done._replace(recall=share if due is None else jnp.where(due[:, None], 1, share))
     return done
+
+
+def _due(attend: Any, selection: Selection, due: Bool[Array, " B"], view: View) -> Attended:
+    """What is selected, and everything for the rows that are due, if any is; both carry a mass."""
+
+    def everything() -> Attended:
+        full, some = attend(None, True), attend(selection, False)
+
+        def pick(a: Array, b: Array) -> Array:
+            return jnp.where(due.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+        return full._replace(
+            out=pick(full.out, some.out),
+            lse=pick(full.lse, some.lse),
+            read=pick(full.read, some.read),
+            mass=pick(full.mass, jnp.zeros_like(full.mass)),
+        )
+
+    def selected() -> Attended:
+        none = jnp.zeros((*view.tail_k.shape[:2], view.tokens), jnp.float32)
+        return attend(selection, False)._replace(mass=none)
+
+    return jax.lax.cond(jnp.any(due), everything, selected)
 
 
 def _recall(

@@ -109,7 +109,8 @@ def layer_state(
         v=pool_of(layout, dtype, kv.bits),
         tail_k=tail,
         tail_v=jnp.zeros_like(tail),
-        memory=policy.init(layout),
+        # A policy may start from one array twice, which could not be donated.
+        memory=jax.tree.map(jnp.copy, policy.init(layout)),
         policy=policy,
         layout=layout,
         group=group,
@@ -140,6 +141,7 @@ def init_cache(
     kv: KVCache | None = None,
     policy: Policy | None = None,
     pages: tuple[int, ...] | None = None,
+    stored: tuple[int, ...] | None = None,
 ) -> Cache:
     """Zeroed pools for every layer.
 
@@ -150,7 +152,8 @@ def init_cache(
         kv: dtype and page size of keys and values.
         policy: what attention reads and what stays; None: everything. A policy brings pages with it.
         pages: physical pages of every cache group (:func:`cache_groups`), which an allocator hands out: tables start
-            empty. None: every slot owns as many as its capacity needs.
+            empty. None: every slot owns as many as it needs.
+        stored: most tokens that a slot stores in every cache group, rounded up to pages; None: its capacity.
 
     Raises:
         ConfigError: a size below 1, a page size that does not divide ``capacity``, or a policy that cannot work with
@@ -163,8 +166,6 @@ def init_cache(
             "*" in cfg.pattern, "policy", policy, "the model has no full attention layer that it could serve"
         )
     page = kv.pages_of(policy)
-    if page is None and (type(policy) is not Policy or policy.overrides):
-        kv, page = replace(kv, page_size=16), 16
     require(
         page is None or capacity % page == 0,
         "kv.page_size",
@@ -172,33 +173,34 @@ def init_cache(
         f"must divide the slot capacity of {capacity} tokens",
     )
     rules, member = cache_groups(cfg, policy)
-    require(
-        pages is None or (page is not None and len(pages) == len(rules)),
-        "pages",
-        pages,
-        f"one number for each of the {len(rules)} cache groups of a paged cache",
-    )
+    for name, given in (("pages", pages), ("stored", stored)):
+        require(
+            given is None or (page is not None and len(given) == len(rules)),
+            name,
+            given,
+            f"one number for each of the {len(rules)} cache groups of a paged cache",
+        )
+    stored = stored or (capacity,) * len(rules)
     layers, seen = [], 0
     for letter in cfg.pattern:
         if letter == "*":
             group = member[seen]
+            room = min(capacity, -(-stored[group] // page) * page) if page else capacity
             pool = None if pages is None else pages[group]
             chosen = replace(kv, page_size=page)
-            layers.append(layer_state(cfg, letter, slots, capacity, chosen, policy.at(seen), group, pool))
+            layers.append(layer_state(cfg, letter, slots, room, chosen, policy.at(seen), group, pool))
             seen += 1
         else:
             layers.append(layer_state(cfg, letter, slots, capacity, kv))
-    groups = ()
-    if page is not None and rules:
-        groups = tuple(
-            _group(slots, capacity // page, None if pages is None else pages[i]) for i in range(len(rules))
-        )
-    return Cache(layers=tuple(layers), groups=groups)
+    sizes = {state.group: state.layout for state in layers if isinstance(state, PagedState)}
+    groups = (_group(sizes[i], pages is None) for i in range(len(sizes)))
+    return Cache(layers=tuple(layers), groups=tuple(groups))
 
 
-def _group(slots: int, n: int, pages: int | None) -> PageGroup:
+def _group(layout: Layout, owned: bool) -> PageGroup:
+    slots, n = layout.slots, layout.pages_per_slot
     own = jnp.arange(slots * n, dtype=jnp.int32).reshape(slots, n)
-    table = own if pages is None else jnp.full((slots, n), pages, jnp.int32)
+    table = own if owned else jnp.full((slots, n), layout.pages, jnp.int32)
     return PageGroup(table, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.int32))
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.cache.kv import KVCache
+from jaxllm.cache.policies.base import Policy
+from jaxllm.cache.state import cache_groups
 from jaxllm.config import ModelConfig, require
 from jaxllm.generation.buckets import multiple, power_of_two
 from jaxllm.generation.budget import Marker, ThinkingBudget, prompt_budgets, sequence_width
@@ -49,6 +51,7 @@ def generate(
     thinking_close: Marker | None = None,
     thinking_markers: tuple[Marker, Marker] = THINKING_MARKERS,
     kv: KVCache | None = None,
+    policy: Policy | None = None,
     max_batch: int = 8,
     chunk: int = 512,
     steps_per_call: int | None = None,
@@ -80,7 +83,9 @@ def generate(
         thinking_close: what is forced, text or token ids; it holds the end of thinking. None: that alone.
         thinking_markers: what opens and what ends thinking, text or token ids. The model's own end is found as the
             token ids of the marker: where these are several that merge with their neighbours, it can be missed.
-        kv: how keys and values are kept.
+        kv: how keys and values are kept: dtype and pages.
+        policy: what attention reads of them in each step, and which stay (:mod:`jaxllm.cache.policies`); None:
+            everything.
         max_batch: prompts decoded at once; the others queue.
         chunk: longest piece of a prompt that one call reads.
         steps_per_call: decode steps between two looks at the result; None: 1 when streaming, else 32. Tokens do not
@@ -159,12 +164,15 @@ def generate(
         replace(common, seed=(seed + index) % 2**32, thinking=budget) for index, budget in enumerate(thinking)
     ]
     thinking_width = sequence_width(thinking)
-    kv = kv or KVCache()
+    kv, policy = kv or KVCache(), policy or Policy()
     capacity = power_of_two(max(map(len, ids)) + max_new_tokens, LEAST_BOUND)
+    page = kv.pages_of(policy)
     config = EngineConfig(
         slots=power_of_two(min(max_batch, len(ids))) if max_batch >= power_of_two(len(ids)) else max_batch,
-        capacity=capacity if kv.page_size is None else multiple(capacity, kv.page_size),
+        capacity=capacity if page is None else multiple(capacity, page),
         kv=kv,
+        policy=policy,
+        stored=None if page is None else _stored(cfg, policy, capacity, ids, max_new_tokens),
         chunk=chunk,
         stop_width=power_of_two(len(ending), 4),
         penalties=common.features.penalties,
@@ -182,6 +190,20 @@ def generate(
         return events
     results = {event.index: event.result for event in events if event.result is not None}
     return [results[index] for index in range(len(ids))]
+
+
+def _stored(
+    cfg: ModelConfig, policy: Policy, capacity: int, ids: list[list[int]], new: int
+) -> tuple[int, ...]:
+    """Most tokens that a slot stores in every cache group; a prompt is stored whole until it has been read."""
+    rules, _ = cache_groups(cfg, policy)
+    most = (
+        capacity
+        if rule is None
+        else power_of_two(max(max(len(prompt), rule.stored(len(prompt), new)) for prompt in ids), LEAST_BOUND)
+        for rule in rules
+    )
+    return tuple(min(each, capacity) for each in most)
 
 
 def _run(

@@ -38,6 +38,7 @@ class EngineConfig:
         capacity: most positions of a request, prompt and output.
         kv: how keys and values are kept.
         policy: what attention reads of them, and which stay.
+        stored: most tokens that a slot stores in every cache group; None: its capacity.
         chunk: longest piece of a prompt that one call reads.
         stop_width: most stop ids of a request.
         penalties: requests may use penalties (costs slots * vocabulary counts).
@@ -57,6 +58,7 @@ class EngineConfig:
     thinking_width: int = 0
     newline_ids: frozenset[int] = frozenset()
     policy: Policy = field(default_factory=Policy)
+    stored: tuple[int, ...] | None = None
     taps: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -81,7 +83,9 @@ class Engine:
         self.cfg = cfg
         self.params = params
         self.config = config
-        self._cache = init_cache(cfg, config.slots, config.capacity, config.kv, config.policy)
+        self._cache = init_cache(
+            cfg, config.slots, config.capacity, config.kv, config.policy, stored=config.stored
+        )
         counted = cfg.vocab_size if config.penalties else None
         self._sampling = init_sampling(
             config.slots,

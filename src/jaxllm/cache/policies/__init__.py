@@ -9,4 +9,4 @@ from jaxllm.cache.policies.snapkv import SnapKV
 from jaxllm.cache.policies.streaming import StreamingLLM
 from jaxllm.cache.policies.tactic import Tactic
 
-__all__ = ["H2O", "Pillar", "Policy", "Quest", "RKV", "SnapKV", "StreamingLLM", "Tactic"]
+__all__ = ["H2O", "RKV", "Pillar", "Policy", "Quest", "SnapKV", "StreamingLLM", "Tactic"]

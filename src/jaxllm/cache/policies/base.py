@@ -205,7 +205,15 @@ class Policy:
 
 
 def check_layers(policy: Policy, layers: int) -> None:
-    """Raise ConfigError where a policy names an attention layer that a model of ``layers`` of them has not."""
+    """Raise ConfigError where a policy names an attention layer that a model of ``layers`` of them has not, or where
+    it leaves itself none."""
     named: Sequence[int] = [*policy.dense_layers, *(layer for layer, _ in policy.overrides)]
     outside = [layer for layer in named if layer >= layers]
     require(not outside, "policy", f"layers {outside}", f"the model has attention layers 0 to {layers - 1}")
+    chosen = [policy.at(layer) for layer in range(layers)]
+    require(
+        type(policy) is Policy or policy in chosen,
+        "policy.dense_layers",
+        policy.dense_layers,
+        f"leave {type(policy).__name__} no layer of the model's {layers}; name fewer (dense_layers=() for none)",
+    )

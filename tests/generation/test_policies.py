@@ -1,0 +1,137 @@
+"""Cache policies in ``jaxllm.generate``: they compose with dtypes, batches, chunks and samplers."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm import H2O, RKV, KVCache, Pillar, Policy, Quest, SnapKV, StreamingLLM, Tactic
+from jaxllm.config import AttentionConfig, ConfigError, MambaConfig, MLPConfig, ModelConfig, RopeConfig
+from jaxllm.model import functional
+from jaxllm.model.functional import LanguageModel
+
+PAGE, NEW = 4, 24
+FULL = {
+    "Quest": Quest(budget=1.0, dense_layers=()),
+    "StreamingLLM": StreamingLLM(recent=500),
+    "Tactic": Tactic(mass=1.0, cluster=4, most=1.0),
+    "RKV": RKV(budget=400),
+    "H2O": H2O(heavy=200, recent=200),
+    "SnapKV": SnapKV(budget=400),
+    "Pillar": Pillar(budget=1.0, period=4),
+}
+SMALL = {
+    "Quest": Quest(budget=12, dense_layers=()),
+    "StreamingLLM": StreamingLLM(sinks=2, recent=10, buffer=4),
+    "Tactic": Tactic(mass=0.5, cluster=4, refresh=8, sinks=1),
+    "RKV": RKV(budget=12, buffer=4, window=4, kernel=3),
+    "H2O": H2O(heavy=6, recent=6, buffer=4),
+    "SnapKV": SnapKV(budget=12, window=4, kernel=3),
+    "Pillar": Pillar(budget=0.2, least=8, period=4),
+    "mixed": Policy(overrides=((1, RKV(budget=12, buffer=4, window=4, kernel=3)),)),
+}
+# Each costs the compilation of several programs; the others run with ``-m slow``.
+QUICK = ("Quest", "RKV", "Pillar")
+PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, 61, n)] for i, n in enumerate((37, 5, 21))]
+
+
+@functools.cache
+def model(seed: int = 0) -> LanguageModel:
+    cfg = ModelConfig(
+        vocab_size=61,
+        hidden_size=32,
+        pattern="M*-*W",
+        mamba=MambaConfig(num_heads=4, head_dim=8, state_size=8, chunk_size=8),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=7, rope=RopeConfig()),
+        mlp=MLPConfig(32),
+        init_std=0.3,
+    )
+    noise = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda v: v + 0.1 * noise.standard_normal(v.shape).astype(np.float32), functional.init_params(cfg)
+    )
+    return LanguageModel(cfg, params)
+
+
+def answers(policy: Policy | None, kv: KVCache, prompts=PROMPTS, **options):
+    options = {"max_new_tokens": NEW, "logprobs": 0, "chunk": 64} | options
+    return jaxllm.generate(model(), prompts, policy=policy, kv=kv, **options)
+
+
+@functools.cache
+def dense():
+    return answers(None, KVCache())
+
+
+def cases(names):
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", cases(FULL))
+def test_a_full_budget_is_dense(name):
+    """Through the same selection and tables, not around them."""
+    for mine, wanted in zip(answers(FULL[name], KVCache(page_size=PAGE)), dense()):
+        assert mine.token_ids == wanted.token_ids
+        np.testing.assert_allclose(mine.logprobs, wanted.logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("Quest", "compute"), ("RKV", "int4")]
+    + [
+        pytest.param(name, dtype, marks=pytest.mark.slow)
+        for name in SMALL
+        for dtype in ("compute", "int4")
+        if (name, dtype) not in (("Quest", "compute"), ("RKV", "int4"))
+    ],
+)
+def test_what_a_row_gets_depends_on_nothing_but_itself(name, dtype):
+    """Not on its neighbours, their number, the steps of a call, or who waits for a slot."""
+    policy, kv = SMALL[name], KVCache(dtype, PAGE)
+    together = answers(policy, kv, steps_per_call=7)
+    crowded = answers(policy, kv, max_batch=2, steps_per_call=1)
+    alone = [answers(policy, kv, [prompt])[0] for prompt in PROMPTS[:2]]
+    for mine, other in [*zip(together, crowded), *zip(together, alone)]:
+        assert mine.token_ids == other.token_ids
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-4)
+    if dtype == "compute":
+        assert any(mine.token_ids != full.token_ids for mine, full in zip(together, dense()))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SMALL])
+def test_a_prompt_in_chunks_is_a_prompt_at_once(name):
+    policy, kv = SMALL[name], KVCache(page_size=PAGE)
+    for mine, other in zip(answers(policy, kv, chunk=16), answers(policy, kv)):
+        assert mine.token_ids == other.token_ids
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-4)
+
+
+def test_a_policy_goes_with_sampling_and_penalties():
+    options = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3}
+    first, second = (answers(SMALL["RKV"], KVCache("int8", PAGE), max_batch=b, **options) for b in (1, 4))
+    assert [a.token_ids for a in first] == [a.token_ids for a in second]
+
+
+def test_nothing_compiles_twice():
+    from jaxllm.generation.steps import compiled_programs
+
+    answers(SMALL["Pillar"], KVCache(page_size=PAGE))
+    before = compiled_programs()
+    answers(SMALL["Pillar"], KVCache(page_size=PAGE), [prompt[::-1] for prompt in PROMPTS])
+    assert compiled_programs() == before
+
+
+@pytest.mark.parametrize(
+    ("policy", "kv", "named"),
+    [
+        (Quest(budget=7, dense_layers=()), KVCache(page_size=4), "policy.budget"),
+        (Quest(), KVCache(), "policy.dense_layers"),
+        (Quest(dense_layers=(2,)), KVCache(), "policy"),
+        (Policy(overrides=((5, RKV()),)), KVCache(), "policy"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(policy, kv, named):
+    with pytest.raises(ConfigError, match=f"^{named}"):
+        answers(policy, kv)
