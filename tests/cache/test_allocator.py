@@ -260,15 +260,32 @@ class TestPrefixes:
         assert allocator.admit(list(range(9))).tokens == 4
         check(allocator)
 
+    def test_equal_pages_behind_different_texts_share_nothing(self):
+        allocator = Allocator(
+            Sizes(slots=4, page=4, groups=(FULL,)), digest=lambda parent, content: content[:4]
+        )
+        served(allocator, [1] * 4 + [5] * 4)
+        served(allocator, [2] * 4)
+        assert allocator.admit([2] * 4 + [5] * 5).tokens == 4
+        assert allocator.admit([1] * 4 + [5] * 5).tokens == 8
+
+    def test_equal_pages_one_behind_the_other_are_two(self):
+        allocator = Allocator(
+            Sizes(slots=4, page=4, groups=(FULL,)), digest=lambda parent, content: content[:4]
+        )
+        served(allocator, [1] * 8)
+        assert len(allocator.prefixes.nodes) == 1
+        assert allocator.admit([1] * 9).tokens == 4
+
     def test_chains_may_be_long(self):
-        allocator = attention(groups=(Group("full", pages=4000, pages_per_slot=4000),), page=1)
-        prompt = list(range(3000))
+        allocator = attention(groups=(Group("full", pages=2000, pages_per_slot=2000),), page=1)
+        prompt = list(range(1500))
         slot = allocator.admit(prompt).slot
         allocator.flush()
         allocator.append(slot, prompt)
-        assert allocator.publish(slot) == 3000
+        assert allocator.publish(slot) == 1500
         allocator.release(slot)
-        assert allocator.admit(prompt).tokens == 2999
+        assert allocator.admit(prompt).tokens == 1499
 
 
 class TestSnapshots:
@@ -312,6 +329,21 @@ class TestSnapshots:
         allocator.release(other)
         allocator.release(served(allocator, [2] * 9))
         assert allocator.admit([2] * 9).tokens == 8
+
+    def test_publishing_the_same_again_is_a_use(self):
+        allocator = hybrid()
+        twins = [allocator.admit([0] * 9).slot for _ in range(2)]
+        allocator.flush()
+        for slot in twins:
+            allocator.append(slot, [0] * 8)
+        allocator.publish(twins[0])
+        allocator.release(served(allocator, [1] * 9))
+        assert allocator.publish(twins[1]) == 0
+        allocator.release(served(allocator, [2] * 9))
+        for name, shared in enumerate((8, 0, 8)):
+            got = allocator.admit([name] * 9)
+            assert got.tokens == shared
+            allocator.release(got.slot)
 
     def test_a_snapshot_before_another_one_survives_it(self):
         allocator = hybrid(snapshots=2)
@@ -513,6 +545,22 @@ class TestUpdates:
         assert padded.starts.slots.tolist() == [1, 2, 3, 4]
         assert padded.saves.snapshots.tolist() == [0, 2, 2, 2]
         assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves((update, padded)))
+
+    def test_padding_copies_nothing(self):
+        allocator = attention()
+        served(allocator, list(range(13)))
+        allocator.own(0, 0)
+        copies = allocator.flush().padded(4, [16], 0).copies[0]
+        assert copies.target.tolist() == [*pages(allocator, 0), 16]
+
+    def test_in_which_the_state_of_a_new_fork_is_saved(self):
+        """The snapshot takes the state from where the fork will take it."""
+        allocator = hybrid()
+        slot = served(allocator, list(range(8)), publish=False)
+        child = allocator.fork(slot).slot
+        assert allocator.publish(child) == 2
+        allocator.release(slot)
+        assert [each.tolist() for each in allocator.flush().saves] == [[0], [slot]]
 
     def test_in_which_a_snapshot_is_written_and_read(self):
         """The request takes the state from where the snapshot will take it."""

@@ -139,6 +139,8 @@ class Allocator:
     def grow(self, slot: int, tokens: int) -> None:
         """Pages for the next ``tokens`` tokens, before the step that stores them.
 
+        Admission has taken those of the prompt; a fork, and a slot that has shrunk since, grow for the rest of it too.
+
         Raises:
             ConfigError: the request would be longer than a slot.
             OutOfPages: there is no room now.
@@ -174,6 +176,8 @@ class Allocator:
 
     def shrink(self, slot: int, group: int, tokens: int) -> int:
         """The policy of ``group`` has evicted: the slot stores ``tokens`` there, at the beginning of its pages.
+
+        Told after ``append``; until it is, the allocator counts on the most that may be stored.
 
         Returns:
             pages that are free again.
@@ -251,7 +255,7 @@ class Allocator:
         """Let others share the request's full pages from now on.
 
         With recurrent layers that needs the state at their end: nothing is published unless the request stands on the
-        snapshot grid, and a place for a snapshot is free or idle.
+        snapshot grid (so chunks of a prompt should end there), and a place for a snapshot is free or idle.
 
         Returns:
             pages that are published anew (of each group).
@@ -347,8 +351,8 @@ class Allocator:
         free = pool.free + len(self.prefixes.idle)
         if count > free:
             raise OutOfPages(self.sizes.groups[group].name, count, free, pool.size)
-        while pool.free < count:
-            self.prefixes.reclaim()
+        while pool.free < count and self.prefixes.reclaim():
+            pass
         return pool.take(count, after=after, home=slot * pool.size // self.sizes.slots)
 
 

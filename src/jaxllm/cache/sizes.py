@@ -79,7 +79,8 @@ class Sizes:
         page: tokens of a page, in every group.
         groups: cache groups; none where no layer keeps keys.
         snapshots: R, places for snapshots of recurrent states; 0: prefixes of a recurrent model are not shared.
-        grid: tokens from snapshot to snapshot, a multiple of ``page``; None: the model keeps no recurrent state.
+        grid: tokens from snapshot to snapshot, a multiple of ``page``; None: the model keeps no recurrent state. Whatever
+            a slot keeps of its past beside pages and open tails, such as rings of sliding windows, counts as one.
         prefixes: requests share published prefixes, if the model lets them (``shares``).
     """
 
