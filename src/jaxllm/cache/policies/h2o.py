@@ -78,8 +78,8 @@ class H2O(Policy):
         mass = state.per_slot["mass"]
         scores = mass.at[view.slots].get(mode="clip")[..., : view.tokens]
         keep = keep_best(scores, view.length, self.budget, self.recent)
+        # Past the count stands a number past the end, which reads the last entry: no token's then, and 0.
         kept = jnp.take_along_axis(scores, keep.tokens, axis=2, mode="clip")
-        kept = jnp.where(jnp.arange(kept.shape[2]) < keep.count[:, None, None], kept, 0)
         kept = jnp.pad(kept, ((0, 0), (0, 0), (0, mass.shape[2] - kept.shape[2])))
         slots = jnp.where(rows, view.slots, len(mass))
         return PolicyState(per_slot={"mass": mass.at[slots].set(kept, mode="drop")}), keep
