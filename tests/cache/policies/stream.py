@@ -62,7 +62,7 @@ class Stream:
         q = np.full((len(new), T, heads, s.head_dim), np.nan, np.float32)
         positions, tokens = np.full((2, len(new), T), -1, np.int32)
         lse = np.full((len(new), T, heads), np.nan, np.float32)
-        mass = np.full((len(new), s.kv_heads, s.tokens), 0, np.float64)
+        mass = np.zeros((len(new), s.kv_heads, s.tokens))
         for row, n in enumerate(new):
             shape = (s.kv_heads, n, s.head_dim)
             keys = self.rng.normal(size=shape) if k is None else k[row]
@@ -85,6 +85,9 @@ class Stream:
                 lse[row, t] = s.scale * first - np.log(p[:, 0])
                 mean = p.reshape(s.kv_heads, s.group, -1).mean(axis=1)
                 mass[row, :, : mean.shape[1]] += mean / n
+        # What is not stored has no probability.
+        for row, n in enumerate(self.lengths):
+            mass[row, :, n:] = np.nan
         arrays: list[Any] = [jnp.asarray(x) for x in (q, positions, tokens, lse, mass.astype(np.float32))]
         return q, Seen(*arrays)
 

@@ -65,7 +65,8 @@ def test_blocks_of_queries_do_not_show(rng: np.random.Generator, block: int):
     stream = Stream(layout(group=3), 2, rng)
     _, seen = stream.append([11, 6])
     found = jax.jit(column_mass, static_argnums=2)(stream.view(), seen, block)
-    np.testing.assert_allclose(found, seen.mass * np.asarray([11, 6])[:, None, None], rtol=2e-5, atol=1e-6)
+    wanted = np.nan_to_num(seen.mass) * np.asarray([11, 6])[:, None, None]
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(found.sum(axis=2), [[11] * 2, [6] * 2], rtol=1e-5)
 
 
@@ -143,6 +144,19 @@ def test_a_view_of_fewer_pages_reads_the_same_scores(rng: np.random.Generator):
     kept = [jitted(POLICY, "maintain")(s, v, jnp.ones(2, bool)) for s, v in zip(states, (wide, narrow))]
     np.testing.assert_array_equal(kept[0][1].tokens, kept[1][1].tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), kept[0][0], kept[1][0])
+
+
+def test_what_fits_the_budget_stays(rng: np.random.Generator):
+    stream = Stream(layout(), 3, rng)
+    _, seen = stream.append([10, 9, 5], width=14)
+    state = jitted(POLICY, "observe")(POLICY.init(stream.sizes), stream.view(), seen._replace(mass=None))
+    triggers = jitted(POLICY, "triggers")
+    np.testing.assert_array_equal(triggers(state, stream.view(), jnp.ones(3, bool)), [True, False, False])
+    np.testing.assert_array_equal(triggers(state, stream.view(), jnp.zeros(3, bool)), [False] * 3)
+    after, keep = jitted(POLICY, "maintain")(state, stream.view(), jnp.ones(3, bool))
+    np.testing.assert_array_equal(keep.count, [9, 9, 5])
+    for row in (1, 2):
+        np.testing.assert_array_equal(after.per_slot["mass"][row], state.per_slot["mass"][row])
 
 
 @pytest.mark.parametrize(("prompt", "new", "most"), [(3, 2, 5), (9, 3, 12), (100, 2, 11), (100, 99, 13)])

@@ -81,20 +81,20 @@ def test_every_row_reads_what_the_rule_says(
                 assert np.all(logical[row, head, count[row, head] :] == -1)
                 if budget == 1.0:
                     assert len(numbers) == sealed[row]
+        # Full pages are sealed after attention, or later, but before the tail overflows.
+        for row, length in enumerate(stream.lengths):
+            if rng.random() < 0.5 or length - sealed[row] == tail:
+                sealed[row] = length // 4 * 4
         # What other rows' masses are is nobody's business.
         mass = jnp.where(due[:, None, None], seen.mass, jnp.nan)
         before = state
-        state = jitted(policy, "observe")(state, view, seen._replace(mass=mass))
+        state = jitted(policy, "observe")(state, stream.view(sealed=sealed), seen._replace(mass=mass))
         for row in range(2):
             if due[row]:
                 rows[row].full(q[row], stream.k[row], sealed[row], stream.sizes.scale)
             else:
                 for name, values in state.per_slot.items():
                     np.testing.assert_array_equal(values[row], before.per_slot[name][row])
-            # Full pages are sealed in this step or later, but before the tail overflows.
-            length = stream.lengths[row]
-            if rng.random() < 0.5 or length - sealed[row] == tail:
-                sealed[row] = length // 4 * 4
 
 
 def test_several_queries_are_averaged(rng: np.random.Generator):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.cache.policies import RKV
-from jaxllm.cache.policies.base import PolicyState
+from jaxllm.cache.policies.base import PolicyState, Seen
 from jaxllm.cache.policies.rkv import importance, redundancy
 from jaxllm.config import ConfigError
 from tests.cache.policies.stream import Stream, jitted
@@ -217,21 +217,26 @@ def test_rows_below_the_budget_keep_everything(rng: np.random.Generator):
 
 
 def test_the_ring_holds_the_last_queries_however_they_came(rng: np.random.Generator):
-    """Chunks, padding and single tokens leave what one prefill leaves; rows without a slot leave nothing."""
+    """Chunks, padding and idle steps leave what one prefill leaves; rows without a slot leave nothing."""
     policy, sizes = replace(POLICY, window=4), layout()
     stream = Stream(sizes, 2, rng)
     state, past = policy.init(sizes), [np.zeros((0, 4, 8), np.float32)] * 2
-    for new in ([7, 2], [1, 5], [1, 1], [1, 1], [6, 3]):
+    for new in ([7, 2], [1, 5], [0, 1], [1, 1], [0, 0], [6, 3]):
         q, seen = stream.append(new, width=7)
         past = [np.concatenate([p, q[row, : new[row]]]) for row, p in enumerate(past)]
-        state = jitted(policy, "observe")(state, stream.view(), seen)
+        # In whatever order the queries of a step stand.
+        backwards = Seen(*(x[:, ::-1] for x in seen[:4]), None)
+        turned = jitted(policy, "observe")(state, stream.view(), backwards)
+        state = jitted(policy, "observe")(state, stream.view(), seen._replace(mass=None))
+        jax.tree.map(np.testing.assert_array_equal, turned, state)
         for row in range(2):
+            assert np.all(np.isfinite(state.per_slot["queries"][row]))
             n = len(past[row])
             for at in range(max(n - 4, 0), n):
                 np.testing.assert_array_equal(state.per_slot["queries"][row, at % 4], past[row][at])
     assert not np.any(state.per_slot["queries"][2])
     nowhere = replace(stream.view(), slots=jnp.full(2, sizes.slots))
-    jax.tree.map(np.testing.assert_array_equal, jitted(policy, "observe")(state, nowhere, seen), state)
+    jax.tree.map(np.testing.assert_array_equal, jitted(policy, "observe")(state, nowhere, backwards), state)
 
 
 def test_quantised_keys_are_scored_as_attention_multiplies_them(rng: np.random.Generator):
