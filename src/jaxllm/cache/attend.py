@@ -16,7 +16,7 @@ from jaxllm.cache.policies.base import Seen
 from jaxllm.cache.ring import RingState, first_positions, read_ring, write_ring
 from jaxllm.cache.rows import RowState, read_rows_kv, write_rows_kv
 from jaxllm.cache.segments import segments_of
-from jaxllm.cache.window import accepted_nodes, committed_lengths, window_ancestors
+from jaxllm.cache.window import committed_lengths, window_ancestors
 from pallas_kernels import tree
 from pallas_kernels.attention import attention, merge
 
@@ -167,6 +167,3 @@ def commit(window: AttentionWindow, accepted: Bool[Array, "B W"]) -> AttentionSt
     tokens = jnp.where(segments.rank >= 0, start + segments.rank, -1)
     seen = Seen(window.q, jnp.where(accepted, batch.positions, -1), tokens, window.lse, None)
     return learnt(state, segments, table, whole, seen, None, reading=False)
-
-
-__all__ = ["AttentionState", "AttentionWindow", "accepted_nodes", "commit", "extend", "window"]
