@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.cache.bits import gather
 from pallas_kernels.paged_attention import QuantizedPages, dequantize_pages
 
 
@@ -109,7 +110,7 @@ class View:
 
     def _all(self, pages: Any, tail: Any) -> Any:
         heads, d = tail.shape[1], tail.shape[3]
-        taken = jax.tree.map(lambda pool: pool[self.table], pages)
+        taken = jax.tree.map(lambda pool: gather(pool, self.table), pages)
         if isinstance(taken, QuantizedPages):
             # [B, n, K, page, d] has one axis more than a pool.
             flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), taken)
@@ -131,7 +132,7 @@ class View:
 
         def pick(pool: Any) -> Any:
             # Scales per channel have one row for the whole page.
-            return pool[physical, head, jnp.minimum(number % self.page, pool.shape[2] - 1)]
+            return gather(pool, physical, head, jnp.minimum(number % self.page, pool.shape[2] - 1))
 
         taken = jax.tree.map(pick, pages)
         if isinstance(taken, QuantizedPages):
