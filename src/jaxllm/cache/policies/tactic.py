@@ -173,10 +173,12 @@ class Tactic(Policy):
         return PolicyState(per_page=state.per_page, per_slot=new), None
 
     def rank(self, state: PolicyState, q: Float[Array, "B K Q d"], view: View) -> Ranking:
-        """Clusters by the product of each query and their centroid: products order as scores do, distances would not."""
+        """Clusters by the product of each query and their centroid: products order as scores do, distances would not.
+
+        Empty clusters stand somewhere among them and add no token.
+        """
         size = _of(view, state.per_slot["size"])
         products = contract("bkqd,bkcd->bkqc", q, _of(view, state.per_slot["centroids"]))
-        products = jnp.where(size[:, :, None] > 0, products, -jnp.inf)
         clusters = jnp.argsort(products, axis=-1, descending=True, stable=True).astype(jnp.int32)
         sizes = jnp.take_along_axis(jnp.broadcast_to(size[:, :, None], clusters.shape), clusters, axis=-1)
         first = jnp.cumsum(size, axis=-1) - size
