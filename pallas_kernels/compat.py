@@ -139,12 +139,12 @@ def triton_call(
     return pl.pallas_call(body, name=name, compiler_params=params, interpret=interpreting(), **options)
 
 
-def load(ref: Any, *, layout: Any = None) -> jax.Array:
+def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
     """``plgpu.load`` of a whole (sub-)ref; 0.10.2 wants an index, 0.12 refuses one."""
     plgpu = _module("plgpu")
     if _VERSION >= (0, 11):
-        return plgpu.load(ref, layout=layout)
-    return plgpu.load(ref, (), layout=layout)
+        return plgpu.load(ref, layout=layout, optimized=optimized)
+    return plgpu.load(ref, (), layout=layout, optimized=optimized)
 
 
 def cudnn_version() -> int | None:

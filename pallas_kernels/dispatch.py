@@ -22,7 +22,7 @@ IMPLEMENTATIONS = {
     "gated_delta": ("xla", "reference"),
     "gated_delta.window": ("xla", "reference"),
     "grouped_matmul": ("xla", "reference"),
-    "paged_attention": ("mosaic_gpu", "xla", "reference"),
+    "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),
     "paged_attention.page_scores": ("xla", "reference"),
     "ssd": ("xla", "reference"),
     "ssd.window": ("xla", "reference"),

@@ -45,6 +45,16 @@ def cast_layout(x: jax.Array, layout: Any) -> jax.Array:
     return x if compat.interpreting() else compat.plgpu.layout_cast(x, layout)
 
 
-def load(ref: Any, layout: Any = None) -> jax.Array:
-    """The value of a ref in registers of this layout; a plain read where interpreted."""
-    return ref[...] if compat.interpreting() else compat.load(ref, layout=layout)
+def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> jax.Array:
+    """The value of a ref in registers of this layout; a plain read where interpreted.
+
+    ``optimized`` False: also where banks of shared memory conflict, or the ref lies in global memory.
+    """
+    return ref[...] if compat.interpreting() else compat.load(ref, layout=layout, optimized=optimized)
+
+
+def iota(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
+    """int32 that counts along ``axis``, in registers of this layout."""
+    if compat.interpreting():
+        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    return compat.plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)

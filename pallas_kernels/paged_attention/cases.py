@@ -1,139 +1,13 @@
 """What is proven, tuned and measured of paged attention: small calls that exercise it, and decode at the presets' shapes."""
 
-from functools import partial
-
-import jax
-import jax.numpy as jnp
-
-from pallas_kernels.cases import Case
-from pallas_kernels.paged_attention.api import OpenTail, paged_attention
-from pallas_kernels.paged_attention.quantized import QuantizedPages, quantize_pages
-from pallas_kernels.paged_attention.selection import translate
-
-
-def call(
-    *,
-    implementation,
-    k_tail=None,
-    v_tail=None,
-    tail_length=None,
-    tail_positions=None,
-    bits=0,
-    k_scale=None,
-    k_offset=None,
-    v_scale=None,
-    v_offset=None,
-    k_pages,
-    v_pages,
-    **arguments,
-):
-    """``paged_attention``, its output and log-sum-exp; tail and quantised pages as named arrays."""
-    if bits:
-        k_pages = QuantizedPages(k_pages, k_scale, k_offset, bits)
-        v_pages = QuantizedPages(v_pages, v_scale, v_offset, bits)
-    tail = None if k_tail is None else OpenTail(k_tail, v_tail, tail_length, tail_positions)
-    arguments |= {"k_pages": k_pages, "v_pages": v_pages, "tail": tail}
-    found = paged_attention(**arguments, implementation=implementation)
-    return found.out, found.lse
-
-
-def draw(
-    key,
-    *,
-    B: int,
-    H: int,
-    K: int,
-    d: int,
-    page: int,
-    n: int,
-    W: int = 1,
-    t: int = 0,
-    kept: int = 0,
-    full: bool = True,
-    bits: int = 0,
-):
-    """Permuted pages; ``kept`` of each row's n pages selected (0: no selection); rows full, or of any length.
-
-    ``bits`` 0: plain pages.
-    """
-    keys = jax.random.split(key, 9)
-    P = B * n + 1
-
-    def normal(index, *shape):
-        return jax.random.normal(keys[index], shape, jnp.bfloat16)
-
-    pages = jnp.broadcast_to(jax.random.permutation(keys[3], P)[: B * n].reshape(B, 1, n), (B, K, n))
-    least = n * page if full else 0
-    kv_len = jax.random.randint(keys[4], (B, K), least, n * page + 1)
-    start = jnp.max(kv_len, axis=1)
-    length = jnp.full((B,), max(t, W if t else 0), jnp.int32)
-    arrays = {
-        "q": normal(0, B, W, H, d),
-        "k_pages": normal(1, P, K, page, d),
-        "v_pages": normal(2, P, K, page, d),
-        "table": pages.astype(jnp.int32),
-        "kv_len": kv_len,
-        "q_positions": (start + (t or W))[:, None] + jnp.arange(-W, 0),
-    }
-    if t:
-        arrays |= {
-            "k_tail": normal(5, B, K, t, d),
-            "v_tail": normal(6, B, K, t, d),
-            "tail_length": length,
-            "tail_positions": start[:, None] + jnp.arange(t),
-        }
-    for name in ("k", "v") if bits else ():
-        pool = quantize_pages(arrays[f"{name}_pages"], bits=bits)
-        arrays |= {f"{name}_pages": pool.codes, f"{name}_scale": pool.scale, f"{name}_offset": pool.offset}
-    if kept:
-        order = jax.vmap(jax.vmap(partial(jax.random.permutation, x=n)))(jax.random.split(keys[7], (B, K)))
-        logical = order[..., :kept].astype(jnp.int32)
-        arrays |= {
-            "logical": logical,
-            "table": translate(arrays["table"], logical, page=page, granularity="page"),
-        }
-    return arrays
-
-
-def padding(arrays):
-    """Tokens of the pools that no query may be influenced by: those behind a row's length, and pages of nobody."""
-    P, K, page, _ = arrays["k_pages"].shape
-    table, kv_len = arrays["table"], arrays["kv_len"]
-    logical = arrays.get("logical", jnp.broadcast_to(jnp.arange(table.shape[2]), table.shape))
-    there = logical[..., None] * page + jnp.arange(page) < kv_len[..., None, None]
-    heads = jnp.broadcast_to(jnp.arange(K)[:, None], table.shape)
-    read = jnp.zeros((P, K, page), bool).at[table, heads].max(there)
-    names = ("k_pages", "v_pages", "k_scale", "k_offset", "v_scale", "v_offset")
-    return {name: ~read[..., None] for name in names if name in arrays}
-
-
-def _case(name: str, stands_for: str, registers: int = 208, options: dict | None = None, **shape) -> Case:
-    """One case; its bytes are those of the keys and values that are read."""
-    bits = shape.get("bits", 0)
-    B, K, d, W, H = (shape.get(x, 1) for x in ("B", "K", "d", "W", "H"))
-    keys = B * K * ((shape.get("kept") or shape["n"]) * shape["page"] + shape.get("t", 0))
-    return Case(
-        name=name,
-        op="paged_attention",
-        function=call,
-        inputs=partial(draw, **shape),
-        options={**(options or {}), **({"bits": bits} if bits else {})},
-        padding=padding,
-        stands_for=stands_for,
-        # Codes are taken apart in registers.
-        registers=255 if bits else registers,
-        small=name.startswith("small"),
-        flops=4.0 * keys * (H // K) * W * d,
-        bytes_moved=2.0 * keys * (d * bits / 8 + 4 if bits else 2 * d),
-    )
-
+from pallas_kernels.paged_attention.examples import case
 
 _SMALL = {"B": 2, "H": 4, "K": 2, "full": False}
 CASES = [
-    _case("small page16 d64", "several pages a tile, odd lengths", d=64, page=16, n=7, **_SMALL),
-    _case("small page32 selected", "a selection of pages", d=64, page=32, n=5, kept=3, **_SMALL),
-    _case("small page64 d128 tail W5", "a window with an open tail", d=128, page=64, n=2, W=5, t=9, **_SMALL),
-    _case(
+    case("small page16 d64", "several pages a tile, odd lengths", d=64, page=16, n=7, **_SMALL),
+    case("small page32 selected", "a selection of pages", d=64, page=32, n=5, kept=3, **_SMALL),
+    case("small page64 d128 tail W5", "a window with an open tail", d=128, page=64, n=2, W=5, t=9, **_SMALL),
+    case(
         "small window and soft cap",
         "sliding window, soft cap, two tiles of query rows",
         d=64,
@@ -143,9 +17,9 @@ CASES = [
         options={"window": 50, "soft_cap": 3.0},
         **_SMALL,
     ),
-    _case("small 8 bits", "8-bit pages", d=64, page=64, n=3, bits=8, **_SMALL),
-    _case("small 4 bits", "4-bit pages, tail", d=128, page=64, n=2, bits=4, t=9, **_SMALL),
-    _case(
+    case("small 8 bits", "8-bit pages", d=64, page=64, n=3, bits=8, **_SMALL),
+    case("small 4 bits", "4-bit pages, tail", d=128, page=64, n=2, bits=4, t=9, **_SMALL),
+    case(
         "small 4 bits d64 selected",
         "a selection of 4-bit pages",
         d=64,
@@ -155,11 +29,116 @@ CASES = [
         bits=4,
         **_SMALL,
     ),
-    _case("8B decode 32k", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=64, n=512, t=80),
-    _case("8B decode 32k page16", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=16, n=2048, t=32),
-    _case("8B decode 32k one row", "llama_3_1_8b decode, batch 1", B=1, H=32, K=8, d=128, page=64, n=512),
-    _case("8B window 8 32k", "llama_3_1_8b verifying", B=8, H=32, K=8, d=128, page=64, n=512, W=8, t=80),
-    _case(
+    case(
+        "small mass page16 tail W3",
+        "mean probabilities, open tail",
+        d=64,
+        page=16,
+        n=6,
+        W=3,
+        t=5,
+        options={"return_mass": True},
+        **_SMALL,
+    ),
+    case(
+        "small mass selected W40",
+        "mean probabilities of a selection, sliding window, soft cap",
+        d=64,
+        page=32,
+        n=4,
+        kept=3,
+        W=40,
+        options={"return_mass": True, "window": 50, "soft_cap": 3.0},
+        **_SMALL,
+    ),
+    case("small 8 bits page16", "scales of 16 tokens", d=64, page=16, n=5, bits=8, **_SMALL),
+    case(
+        "small 4 bits by channel mass",
+        "4-bit keys with scales of channels, mean probabilities",
+        d=128,
+        page=32,
+        n=3,
+        bits=4,
+        per_channel=True,
+        options={"return_mass": True},
+        **_SMALL,
+    ),
+    case(
+        "small 8 bits by channel page16",
+        "8-bit keys with scales of channels, four pages a tile",
+        d=64,
+        page=16,
+        n=5,
+        bits=8,
+        per_channel=True,
+        **_SMALL,
+    ),
+    case(
+        "small 4 bits page32 mass",
+        "4-bit keys with scales of tokens, mean probabilities",
+        d=64,
+        page=32,
+        n=3,
+        bits=4,
+        options={"return_mass": True},
+        **_SMALL,
+    ),
+    case("small d96", "a head of 96 channels", d=96, page=32, n=3, **_SMALL),
+    case("small d256", "a head of 256 channels", d=256, page=16, n=5, **_SMALL),
+    case("small d96 8 bits", "8-bit codes of 96 channels", d=96, page=16, n=5, bits=8, **_SMALL),
+    case("small tokens", "single tokens", d=64, page=16, n=6, kept=70, granularity="token", **_SMALL),
+    case(
+        "small tokens mass W3 tail",
+        "mean probabilities of single tokens, open tail, sliding window, soft cap",
+        d=64,
+        page=16,
+        n=6,
+        kept=40,
+        W=3,
+        t=5,
+        granularity="token",
+        options={"return_mass": True, "window": 60, "soft_cap": 3.0},
+        **_SMALL,
+    ),
+    case(
+        "small tokens 8 bits",
+        "8-bit tokens",
+        d=64,
+        page=16,
+        n=6,
+        kept=70,
+        bits=8,
+        granularity="token",
+        **_SMALL,
+    ),
+    case(
+        "small tokens 4 bits",
+        "4-bit tokens",
+        d=64,
+        page=16,
+        n=6,
+        kept=70,
+        bits=4,
+        granularity="token",
+        **_SMALL,
+    ),
+    case(
+        "small tokens 4 bits by channel",
+        "4-bit tokens, keys with scales of channels",
+        d=64,
+        page=16,
+        n=6,
+        kept=70,
+        bits=4,
+        per_channel=True,
+        granularity="token",
+        **_SMALL,
+    ),
+    case("8B decode 32k", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=64, n=512, t=80),
+    case("8B decode 32k page16", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=16, n=2048, t=32),
+    case("8B decode 32k one row", "llama_3_1_8b decode, batch 1", B=1, H=32, K=8, d=128, page=64, n=512),
+    case("8B window 8 32k", "llama_3_1_8b verifying", B=8, H=32, K=8, d=128, page=64, n=512, W=8, t=80),
+    case(
         "8B Quest 64k",
         "llama_3_1_8b, 256 of 4096 pages",
         B=8,
@@ -171,13 +150,13 @@ CASES = [
         kept=256,
         t=32,
     ),
-    _case("Nano decode 32k", "nemotron_3_nano_30b_a3b decode", B=16, H=32, K=2, d=128, page=64, n=512, t=80),
-    _case("Jet 2B decode 64k", "jet_nemotron_2b decode", B=16, H=12, K=2, d=128, page=64, n=1024, t=80),
-    _case("Jet 4B decode 64k", "jet_nemotron_4b decode", B=16, H=16, K=2, d=128, page=64, n=1024, t=80),
-    _case("1B decode 8k d64", "llama_3_2_1b decode", B=32, H=32, K=8, d=64, page=32, n=256),
-    _case("8B decode 32k 8 bits", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=64, n=512, t=80, bits=8),
-    _case("8B decode 32k 4 bits", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=64, n=512, t=80, bits=4),
-    _case(
+    case("Nano decode 32k", "nemotron_3_nano_30b_a3b decode", B=16, H=32, K=2, d=128, page=64, n=512, t=80),
+    case("Jet 2B decode 64k", "jet_nemotron_2b decode", B=16, H=12, K=2, d=128, page=64, n=1024, t=80),
+    case("Jet 4B decode 64k", "jet_nemotron_4b decode", B=16, H=16, K=2, d=128, page=64, n=1024, t=80),
+    case("1B decode 8k d64", "llama_3_2_1b decode", B=32, H=32, K=8, d=64, page=32, n=256),
+    case("8B decode 32k 8 bits", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=64, n=512, t=80, bits=8),
+    case("8B decode 32k 4 bits", "llama_3_1_8b decode", B=8, H=32, K=8, d=128, page=64, n=512, t=80, bits=4),
+    case(
         "Nano decode 32k 4 bits",
         "nemotron_3_nano_30b_a3b decode",
         B=16,
@@ -188,4 +167,76 @@ CASES = [
         n=512,
         bits=4,
     ),
+    case(
+        "8B window 9 32k mass",
+        "llama_3_1_8b verifying 8 drafts, PillarAttn",
+        B=8,
+        H=32,
+        K=8,
+        d=128,
+        page=64,
+        n=512,
+        W=9,
+        t=80,
+        options={"return_mass": True},
+    ),
+    case(
+        "Nano window 9 32k mass",
+        "nemotron_3_nano_30b_a3b verifying 8 drafts, PillarAttn",
+        B=16,
+        H=32,
+        K=2,
+        d=128,
+        page=64,
+        n=512,
+        W=9,
+        t=80,
+        options={"return_mass": True},
+    ),
+    case(
+        "8B draft 32k tokens",
+        "llama_3_1_8b drafting over 5 % of the tokens, PillarAttn",
+        B=8,
+        H=32,
+        K=8,
+        d=128,
+        page=64,
+        n=512,
+        kept=1639,
+        t=80,
+        granularity="token",
+    ),
+    case(
+        "8B draft 32k tokens 4 bits",
+        "llama_3_1_8b drafting over 5 % of the tokens",
+        B=8,
+        H=32,
+        K=8,
+        d=128,
+        page=64,
+        n=512,
+        kept=1639,
+        t=80,
+        bits=4,
+        granularity="token",
+    ),
+    *(
+        case(
+            f"8B decode 32k {bits} bits page{page}" + " by channel" * per_channel,
+            "llama_3_1_8b decode" + ", keys with scales of channels" * per_channel,
+            B=8,
+            H=32,
+            K=8,
+            d=128,
+            page=page,
+            n=32768 // page,
+            t=80,
+            bits=bits,
+            per_channel=per_channel,
+        )
+        for bits in (8, 4)
+        for page, per_channel in ((16, False), (32, False), (64, True), (16, True))
+    ),
+    case("wide decode 8k d256", "heads of 256 channels", B=8, H=16, K=4, d=256, page=64, n=128, t=80),
+    case("d96 decode 32k", "heads of 96 channels", B=8, H=32, K=8, d=96, page=64, n=512, t=80),
 ]

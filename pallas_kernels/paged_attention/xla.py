@@ -116,6 +116,24 @@ def ungrouped(out, W):
     return out.reshape(B, K, W, -1, *out.shape[3:]).swapaxes(1, 2).reshape(B, W, -1, *out.shape[3:])
 
 
+def mean_share(q_positions, groups):
+    """f32[B, 1, 1]: what one query row counts in the mean over a row's live queries and a group's heads."""
+    return 1 / (jnp.maximum(jnp.sum(q_positions >= 0, axis=1), 1) * groups)[:, None, None]
+
+
+def mean_mass(weights, own, lse, share):
+    """f32[B, K, s]: mean probability of each key of one part.
+
+    Args:
+        weights: f32[B, K, m, s], probabilities within the part.
+        own: f32[B, K, m], log-sum-exp of the part.
+        lse: f32[B, K, m], that of all parts.
+        share: as :func:`mean_share` gives it.
+    """
+    total = jnp.where(lse == -jnp.inf, 0, lse)
+    return jnp.einsum("bkms,bkm->bks", weights, jnp.exp(own - total)) * share
+
+
 def run(
     q,
     k_pages,
@@ -156,11 +174,7 @@ def run(
         out, lse = merge((out, lse), part[:2])
     mass = None
     if return_mass:
-        live = jnp.maximum(jnp.sum(q_positions >= 0, axis=1), 1) * (H // K)
-        total = jnp.where(lse == -jnp.inf, 0, lse)
-        means = [
-            jnp.einsum("bkms,bkm->bks", weights, jnp.exp(own - total)) / live[:, None, None]
-            for own, weights in parts
-        ]
+        share = mean_share(q_positions, H // K)
+        means = [mean_mass(weights, own, lse, share) for own, weights in parts]
         mass = (means[0].reshape(tokens.shape), means[1] if tail is not None else jnp.zeros((B, K, 0)))
     return ungrouped(out, W).astype(q.dtype), ungrouped(lse, W), mass

@@ -14,11 +14,13 @@ DEVICES = pytest.mark.parametrize("lower", [lowering.lower_tpu, lowering.lower_c
 @DEVICES
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_paged_attention_lowers(lower, case):
-    """Two products over the pages (four where a byte holds two channels) and two over the tail; no sort, no kernel."""
+    """Two products over the pages (four where a byte holds two channels) and two over the tail, and one more of each
+    where mean probabilities are wanted; no sort, no kernel."""
     text = lower(case.call("xla"), case.avals())
     found = lowering.outside(text)
     sealed = 4 if case.options.get("bits") == 4 else 2
-    assert found.dots == sealed + (2 if "k_tail" in case.avals() else 0)
+    mass = bool(case.options.get("return_mass"))
+    assert found.dots == sealed + mass + (2 + mass if "k_tail" in case.avals() else 0)
     assert found.sorts == 0 and "custom_call" not in text
     # Nothing that only a CPU needs: what holds values in memory there is a conditional.
     assert "stablehlo.case" not in text and "stablehlo.if" not in text
