@@ -1,16 +1,18 @@
 """What the Mosaic GPU kernels of attention share: scores, masks, and how arrays come into shared memory."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.attention.blocks import Places
-from pallas_kernels.mosaic import cast_layout, mma
+from pallas_kernels.mosaic import cast_layout, load, mma
 
 # Warpgroups that compute; one more fetches.
 CONSUMERS = 2
@@ -70,6 +72,17 @@ def hide(
     return values if window is None else jnp.where(at - key_at < window, values, hidden)
 
 
+def now(ref: Any, layout: Any) -> tuple[Callable[[], jax.Array], ...]:
+    """The rows of ``ref``, as :func:`hide` takes them, read once and kept in registers."""
+    rows = [load(ref.at[n], layout) for n in range(ref.shape[0])]
+    return tuple(partial(lambda row: row, row) for row in rows)
+
+
+def when_needed(ref: Any, layout: Any) -> tuple[Callable[[], jax.Array], ...]:
+    """The rows of ``ref``, as :func:`hide` takes them, each read where it is used."""
+    return tuple(partial(load, ref.at[n], layout) for n in range(ref.shape[0]))
+
+
 def rows_of(x: Array, axis: int, block: int) -> Array:
     """``x`` as the copy engine can read whole blocks of it along ``axis``.
 
@@ -83,7 +96,7 @@ def rows_of(x: Array, axis: int, block: int) -> Array:
     return jnp.pad(x, fill)
 
 
-def meta(places: Places) -> Array:
+def meta(places: Places) -> Int[Array, "B 2 L"]:
     """i32[B, 2, L]: ids and positions, one copy for both."""
     return jnp.stack(places, axis=1)
 
@@ -93,15 +106,10 @@ def key_rows(ref: Any, b: Any, rows: Any, head: Any, kv_layout: str, columns: An
     return ref.at[b, rows, head, columns] if kv_layout == "BTKD" else ref.at[b, head, rows, columns]
 
 
-def parts_of(d: int) -> int:
-    """Parts of the columns of a backward kernel, one warpgroup each; 1: every warpgroup has all columns."""
-    return 1 if d <= 128 else CONSUMERS
-
-
-def product(left: Any, right: Any, parts: int) -> jax.Array:
+def product(left: Any, right: Any) -> jax.Array:
     """``left right^T`` in float32 of matrices [parts, rows, columns] in shared memory."""
     out = None
-    for n in range(parts):
+    for n in range(left.shape[0]):
         out = mma(out, left.at[n], right.at[n], transpose_b=True)
     assert out is not None
     return out
