@@ -151,8 +151,8 @@ def attention(
             are float32); None: that of k. One-token calls always take that of k, so that the cache is read as it
             is.
         return_lse: also return the float32 logarithm of each row's sum of exponentials, for merging.
-        implementation: "auto", "mosaic_gpu" (Hopper; bfloat16 operands, no mask, d of 64, 96, 128 or 256), "cudnn",
-            "xla" or "reference".
+        implementation: "auto", "mosaic_gpu" (Hopper; bfloat16 operands, a mask over at most 64 keys, d of 64,
+            96, 128 or 256), "cudnn", "xla" or "reference".
 
     Returns:
         The output in the dtype of q, 0 where nothing is visible; with ``return_lse`` also lse [B, T, H], -inf

@@ -18,19 +18,30 @@ NO_QUERY, NO_KEY = _LEAST, _LEAST + 1
 
 
 class Places(NamedTuple):
-    """Document and position of every row, blocks made whole; padding has the id ``NO_QUERY`` or ``NO_KEY``."""
+    """Document and position of every row, blocks made whole; padding has the id ``NO_QUERY`` or ``NO_KEY``.
+
+    ``words`` are those of a mask (:mod:`pallas_kernels.attention.bits`), or None without one.
+    """
 
     ids: Int[Array, "B L"]
     positions: Int[Array, "B L"]
+    words: Int[Array, "B w L"] | None = None
 
 
-def whole(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], block: int, hidden: int) -> Places:
+def whole(
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    block: int,
+    hidden: int,
+    words: Int[Array, "B w T"] | None = None,
+) -> Places:
     """Rows filled up to whole blocks with padding, whose id (0 until now) becomes ``hidden``."""
     fill = ((0, 0), (0, -segment_ids.shape[1] % block))
     ids = jnp.where(segment_ids == 0, hidden, segment_ids.astype(jnp.int32))
     return Places(
         jnp.pad(ids, fill, constant_values=hidden),
         jnp.pad(positions.astype(jnp.int32), fill),
+        None if words is None else jnp.pad(words, ((0, 0), *fill)),
     )
 
 
@@ -43,7 +54,7 @@ class _Extremes(NamedTuple):
 
 
 def _extremes(places: Places, block: int) -> _Extremes:
-    ids, positions = (w.reshape(w.shape[0], -1, block) for w in places)
+    ids, positions = (w.reshape(w.shape[0], -1, block) for w in (places.ids, places.positions))
     live = ids > NO_KEY
     first = jnp.min(jnp.where(live, ids, _MOST), axis=2)
     last = jnp.max(jnp.where(live, ids, _LEAST), axis=2)
@@ -86,6 +97,9 @@ def visits(
     q, kv = (_Extremes(*(w[:, :, None] for w in q)), _Extremes(*(w[:, None, :] for w in kv)))
     some = (q.last >= kv.first) & (q.first <= kv.last) & (q.most >= kv.least)
     every = q.single & kv.single & (q.first == kv.first) & (q.least >= kv.most)
+    if queries.words is not None:
+        # What the mask leaves of a block is not known before the kernel runs.
+        every = jnp.zeros_like(every)
     if window is not None:
         some &= q.least - kv.most < window
         every &= q.most - kv.least < window

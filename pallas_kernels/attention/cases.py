@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from pallas_kernels.attention.api import attention
 from pallas_kernels.cases import Arrays, Case
+from pallas_kernels.tree import ancestors, depths
 
 GRADIENTS = ("q", "k", "v")
 
@@ -87,6 +88,39 @@ def case(
     )
 
 
+def _tree(B: int, W: int, H: int, K: int, d: int, key: PRNGKeyArray) -> Arrays:
+    """Windows of W nodes of random trees that hang on 9 committed tokens; the last three nodes are padding."""
+    draw = jax.random.split(key, 4)
+    shapes = ((B, W, H, d), (B, W, K, d), (B, W, K, d))
+    q, k, v = (jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(draw, shapes))
+    parents = jax.random.randint(draw[3], (B, W), -1, jnp.arange(W))
+    live = jnp.broadcast_to(jnp.arange(W) < W - 3, (B, W))
+    mask = ancestors(parents, live)
+    ids, positions = live.astype(jnp.int32), 9 + depths(mask)
+    places = {"q_positions": positions, "q_segment_ids": ids}
+    return {"q": q, "k": k, "v": v, **places, "kv_positions": positions, "kv_segment_ids": ids, "mask": mask}
+
+
+def tree_case(
+    name: str, B: int, W: int, H: int, K: int, d: int, *, gradients: tuple[str, ...] = (), **more: Any
+) -> Case:
+    """A case of tree windows; FLOPs count all pairs, bytes what a tile must move."""
+    return Case(
+        name=name,
+        op="attention",
+        function=_both,
+        inputs=partial(_tree, B, W, H, K, d),
+        gradients=gradients,
+        padding=_padding,
+        poison=1e30,
+        oracle_options={"operand_dtype": jnp.float32},
+        flops=4.0 * B * W * W * H * d,
+        bytes_moved=float(2 * B * W * d * (2 * H + 2 * K)),
+        registers=168,
+        **more,
+    )
+
+
 # Heads of 256: dK and dV of 64 keys leave too few registers for a soft-capped and masked tile.
 WIDE_SPILL = 700
 
@@ -118,6 +152,9 @@ CASES = [
         spill_bytes=WIDE_SPILL,
     ),
     case("tiny chunk", 1, 64, 2, 2, 64, (200,), S=200, small=True),
+    tree_case("tiny tree", 2, 40, 2, 1, 64, gradients=GRADIENTS, small=True),
+    tree_case("Nano tree 32 d128", 16, 32, 32, 2, 128),
+    tree_case("8B tree 64 d128", 16, 64, 32, 8, 128),
     case("Nano 8k d128", 1, 8192, 32, 2, 128, (8192,), gradients=GRADIENTS, oracle="xla"),
     case(
         "Nano packed 8k d128",

@@ -58,7 +58,8 @@ def hide(
     One selection after the other: a mask put together first would take registers of its own.
 
     Args:
-        queries: functions that give the ids and the positions along ``q_axis`` of the tile, when they are needed.
+        queries: functions that give the ids, the positions and the words of a mask along ``q_axis`` of the tile, when
+            they are needed.
         keys: the same along the other axis.
     """
 
@@ -69,7 +70,13 @@ def hide(
     values = jnp.where(along(queries[0], q_axis) == along(keys[0], kv_axis), values, hidden)
     at, key_at = along(queries[1], q_axis), along(keys[1], kv_axis)
     values = jnp.where(key_at <= at, values, hidden)
-    return values if window is None else jnp.where(at - key_at < window, values, hidden)
+    if window is not None:
+        values = jnp.where(at - key_at < window, values, hidden)
+    shared = None
+    for held, owned in zip(queries[2:], keys[2:], strict=True):
+        both = along(held, q_axis) & along(owned, kv_axis)
+        shared = both if shared is None else shared | both
+    return values if shared is None else jnp.where(shared != 0, values, hidden)
 
 
 def now(ref: Any, layout: Any) -> tuple[Callable[[], jax.Array], ...]:
@@ -96,9 +103,10 @@ def rows_of(x: Array, axis: int, block: int) -> Array:
     return jnp.pad(x, fill)
 
 
-def meta(places: Places) -> Int[Array, "B 2 L"]:
-    """i32[B, 2, L]: ids and positions, one copy for both."""
-    return jnp.stack(places, axis=1)
+def meta(places: Places) -> Int[Array, "B m L"]:
+    """i32[B, m, L]: ids, positions and the words of a mask, one copy for all."""
+    rows = jnp.stack([places.ids, places.positions], axis=1)
+    return rows if places.words is None else jnp.concatenate([rows, places.words], axis=1)
 
 
 def key_rows(ref: Any, b: Any, rows: Any, head: Any, kv_layout: str, columns: Any = slice(None)) -> Any:

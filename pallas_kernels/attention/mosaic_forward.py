@@ -4,8 +4,6 @@ FlashAttention-3's division of labour (arXiv 2407.08608): the copy engine fills 
 products with the weights in registers, and the two warpgroups alternate between products and softmax.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,10 +23,12 @@ from pallas_kernels.attention.common import (
     key_rows,
     matrices,
     meta,
+    now,
     rows_of,
+    when_needed,
 )
 from pallas_kernels.attention.tiles import Tiles
-from pallas_kernels.mosaic import load, mma
+from pallas_kernels.mosaic import mma
 
 
 def forward(
@@ -57,6 +57,8 @@ def forward(
     q = rows_of(q, 1, CONSUMERS * ROWS)
     k, v = (rows_of(w, kv_axis, block) for w in (k, v))
     tile = (ROWS, block)
+    q_places, kv_places = meta(queries), meta(keys)
+    fields = q_places.shape[1]
 
     def kernel(q_ref, k_ref, v_ref, q_meta, kv_meta, order_ref, counts_ref, out_ref, lse_ref, *scratch):
         (q_s, k_s, v_s, q_meta_s, kv_meta_s, lse_s), (q_in, k_in, v_in), (k_free, v_free), turn = scratch
@@ -79,8 +81,7 @@ def forward(
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], mine, q_in.at[me])
             plgpu.copy_gmem_to_smem(q_meta.at[b, :, rows], q_meta_s.at[me], q_in.at[me])
             plgpu.barrier_wait(q_in.at[me])
-            ids, positions = (load(q_meta_s.at[me, n], by_row) for n in range(2))
-            own = (lambda: ids, lambda: positions)
+            own = now(q_meta_s.at[me], by_row)
 
             def step(n, carry, masked):
                 out, peak, total = carry
@@ -90,7 +91,7 @@ def forward(
                 take_turns()
                 scores = capped(scores, scale, soft_cap)
                 if masked:
-                    other = [partial(load, kv_meta_s.at[slot, n], by_column) for n in range(2)]
+                    other = when_needed(kv_meta_s.at[slot], by_column)
                     scores = hide(scores, -jnp.inf, own, other, window, 0)
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(k_free.at[slot])
@@ -168,8 +169,8 @@ def forward(
                 matrices((CONSUMERS, ROWS, d), q.dtype),
                 matrices((stages, block, d), q.dtype),
                 matrices((stages, block, d), q.dtype),
-                plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.int32),
-                plgpu.SMEM((stages, 2, block), jnp.int32),
+                plgpu.SMEM((CONSUMERS, fields, ROWS), jnp.int32),
+                plgpu.SMEM((stages, fields, block), jnp.int32),
                 plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             ),
             (
@@ -181,5 +182,5 @@ def forward(
             plgpu.Barrier(num_arrivals=CONSUMERS),
         ),
         compiler_params=compiler_params(),
-    )(q, k, v, meta(queries), meta(keys), order, counts)
+    )(q, k, v, q_places, kv_places, order, counts)
     return out[:, :T], lse[:, :, :T]

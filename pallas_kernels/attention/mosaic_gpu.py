@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.bits import MOST_KEYS, words
 from pallas_kernels.attention.blocks import NO_KEY, NO_QUERY, Places, whole
 from pallas_kernels.attention.common import CONSUMERS, ROWS, statistics
 from pallas_kernels.attention.mosaic_forward import forward
@@ -25,8 +26,8 @@ def supports(q, k, v, *, mask, scale, operand_dtype, **_options) -> str | None:
     dtype = jnp.dtype(k.dtype if operand_dtype is None else operand_dtype)
     if dtype != jnp.bfloat16:
         return f"operands are bfloat16, not {dtype.name}"
-    if mask is not None:
-        return "it takes no mask beside segments, positions and window"
+    if mask is not None and mask.shape[2] > MOST_KEYS:
+        return f"it takes a mask of at most {MOST_KEYS} keys, not {mask.shape[2]}"
     if not scale > 0:
         return f"scale={scale!r} is not positive"
     return None
@@ -46,13 +47,14 @@ class _Call:
 
 
 def _places(q_side: Any, block_q: int, kv_side: Any, block_kv: int) -> tuple[Places, Places]:
-    (q_ids, q_positions), (kv_ids, kv_positions) = q_side, kv_side
-    return whole(q_ids, q_positions, block_q, NO_QUERY), whole(kv_ids, kv_positions, block_kv, NO_KEY)
+    (q_ids, q_positions, held), (kv_ids, kv_positions, owned) = q_side, kv_side
+    queries = whole(q_ids, q_positions, block_q, NO_QUERY, held)
+    return queries, whole(kv_ids, kv_positions, block_kv, NO_KEY, owned)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q, k, v, q_side, kv_side, call):
-    """Output [B, T, H, d] and lse [B, T, H] of bfloat16 operands; sides: (segment ids, positions)."""
+    """Output [B, T, H, d] and lse [B, T, H] of bfloat16 operands; sides: (segment ids, positions, words or None)."""
     options = call.options(q.shape[3])
     own: Tiles = options["tiles"]
     queries, keys = _places(q_side, CONSUMERS * ROWS, kv_side, own.block_kv)
@@ -86,8 +88,9 @@ def _attend_bwd(call, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
-    return (q_segment_ids, q_positions), (kv_segment_ids, kv_positions)
+def _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask):
+    held, owned = (None, None) if mask is None else words(mask)
+    return (q_segment_ids, q_positions, held), (kv_segment_ids, kv_positions, owned)
 
 
 def run(
@@ -107,8 +110,8 @@ def run(
     operand_dtype,
     return_lse,
 ):
-    del mask, operand_dtype, return_lse
-    sides = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    del operand_dtype, return_lse
+    sides = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask)
     narrow = (w.astype(jnp.bfloat16) for w in (q, k, v))
     outputs: Any = _attend(*narrow, *sides, _Call(window, soft_cap, scale, kv_layout))
     out, lse = outputs
@@ -136,8 +139,8 @@ def backward(
     operand_dtype,
     return_lse,
 ):
-    del mask, operand_dtype, return_lse
-    q_side, kv_side = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    del operand_dtype, return_lse
+    q_side, kv_side = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask)
     call = _Call(window, soft_cap, scale, kv_layout)
     one, two, three = (w.astype(jnp.bfloat16) for w in (q, k, v))
     grads = _gradients(one, two, three, q_side, kv_side, out, lse, dout, dlse, call)

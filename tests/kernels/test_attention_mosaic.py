@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import compat
-from pallas_kernels.attention import attention, attention_backward, common
+from pallas_kernels.attention import attention, attention_backward, bits, common, mosaic_gpu
 from pallas_kernels.attention.blocks import NO_KEY, NO_QUERY, visits, whole
-from pallas_kernels.attention.cases import CASES, GRADIENTS, case, packed
+from pallas_kernels.attention.cases import CASES, GRADIENTS, case, packed, tree_case
 from pallas_kernels.attention.mask import visible
 from pallas_kernels.attention.tiles import DEFAULTS, Tiles
 from pallas_kernels.proof import interpret, lowering, numerics
@@ -36,6 +36,26 @@ def test_there_is_no_race(name):
 
 def test_a_wrong_base_of_the_exponential_is_noticed(monkeypatch):
     must_fail(monkeypatch, common, "LOG2E", 1.5, SMALL["tiny chunk"], "mosaic_gpu")
+
+
+def test_descendants_in_the_place_of_ancestors_are_noticed(monkeypatch):
+    must_fail(
+        monkeypatch,
+        mosaic_gpu,
+        "words",
+        lambda mask: bits.words(mask.swapaxes(1, 2)),
+        SMALL["tiny tree"],
+        "mosaic_gpu",
+    )
+
+
+@given(seed=st.integers(0, 2**31), T=st.integers(1, 9), S=st.integers(1, bits.MOST_KEYS))
+def test_the_words_of_a_mask_say_what_it_says(seed, T, S):
+    mask = np.random.default_rng(seed).random((2, T, S)) < 0.5
+    held, owned = map(np.asarray, bits.words(jnp.asarray(mask)))
+    assert held.shape == (2, -(-S // 32), T) and owned.dtype == np.int32
+    shared = held[:, :, :, None] & owned[:, :, None, :]
+    np.testing.assert_array_equal(shared.any(axis=1), mask)
 
 
 def test_backward_takes_the_final_sums_of_all_parts():
@@ -64,8 +84,10 @@ def test_backward_takes_the_final_sums_of_all_parts():
 
 
 @pytest.mark.parametrize("d", DEFAULTS)
-def test_forward_and_backward_lower_to_kernels_only(d):
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_and_backward_lower_to_kernels_only(d, masked):
     one = case("lowered", 1, 1000, 4, 2, d, (600, 300), gradients=GRADIENTS, options={"window": 300})
+    one = tree_case("lowered", 2, 64, 4, 2, d, gradients=GRADIENTS) if masked else one
     text = lowering.lower_cuda(one.call("mosaic_gpu"), one.avals())
     for kernel in KERNELS:
         lowering.require_kernel(text, "mosaic_gpu", kernel)
@@ -77,7 +99,7 @@ def test_forward_and_backward_lower_to_kernels_only(d):
     ("change", "reason"),
     [
         ({"operand_dtype": jnp.float32}, "operands are bfloat16, not float32"),
-        ({"mask": jnp.ones((1, 64, 200), bool)}, "it takes no mask"),
+        ({"mask": jnp.ones((1, 64, 200), bool)}, "a mask of at most 64 keys, not 200"),
         ({"scale": -1.0}, "scale=-1.0 is not positive"),
     ],
 )
