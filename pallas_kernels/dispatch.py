@@ -6,9 +6,13 @@ Implementations are modules ``pallas_kernels.<op>.<implementation>``, imported a
 pass record of its device tests (``pallas_kernels.records``).
 """
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
+
+import jax
 
 from pallas_kernels import records
 from pallas_kernels.target import Target, target
@@ -59,22 +63,50 @@ def _unverified(op: str, name: str, device: Target) -> str | None:
     return None if name in EVERYWHERE else records.verified(op, name, device.kind)
 
 
+# What a call that leaves the choice open takes, by op. A user context is part of the key of JAX's traces.
+_named = jax.make_user_context(())
+
+
+def _require_known(op: str, implementation: str) -> None:
+    names = IMPLEMENTATIONS[op]
+    if implementation != "auto" and implementation not in names:
+        allowed = ", ".join(repr(name) for name in ("auto", *names))
+        raise ValueError(f"implementation={implementation!r}: expected one of {allowed} for {op}")
+
+
+@contextlib.contextmanager
+def naming(implementations: Mapping[str, str]) -> Iterator[None]:
+    """Calls traced inside that say "auto" take the implementation named for their op, or raise why they cannot.
+
+    A model calls many ops with one argument ``implementation``: so a whole step is told what each of them shall take.
+
+    Raises:
+        ValueError: an op or an implementation is unknown.
+    """
+    for op, name in implementations.items():
+        if op not in IMPLEMENTATIONS:
+            raise ValueError(f"op={op!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+        _require_known(op, name)
+    with _named(tuple(sorted((dict(_named.value) | dict(implementations)).items()))):
+        yield
+
+
 def choose(op: str, implementation: str, *args: object, **options: object) -> ModuleType:
     """The module that will run this call of ``op`` on the device that is traced for.
 
     Args:
         op: name of the op.
-        implementation: "auto" or one of ``IMPLEMENTATIONS[op]``.
+        implementation: "auto" (what :func:`naming` says, else the fastest that runs) or one of ``IMPLEMENTATIONS[op]``.
         args: positional arguments of the call.
         options: keyword arguments of the call.
 
     Raises:
         ValueError: ``implementation`` is unknown, or cannot run this call here. Nothing falls back silently.
     """
+    _require_known(op, implementation)
+    if implementation == "auto":
+        implementation = dict(_named.value).get(op, "auto")
     names = IMPLEMENTATIONS[op]
-    if implementation != "auto" and implementation not in names:
-        allowed = ", ".join(repr(name) for name in ("auto", *names))
-        raise ValueError(f"implementation={implementation!r}: expected one of {allowed} for {op}")
     device = target()
     refusals = []
     for name in names if implementation == "auto" else (implementation,):

@@ -60,6 +60,38 @@ def test_auto_takes_the_first_that_supports_the_call(monkeypatch):
         dispatch.choose("ssd", "xla")
 
 
+def test_a_whole_call_is_told_what_each_op_shall_take():
+    from pallas_kernels.ssd import reference, xla
+
+    shapes = queries()
+    with dispatch.naming({"ssd": "reference"}):
+        assert dispatch.choose("ssd", "auto") is reference and dispatch.choose("ssd", "xla") is xla
+        with dispatch.naming({"ssd": "xla", "attention": "cudnn"}):
+            assert dispatch.choose("ssd", "auto") is xla
+            with pytest.raises(ValueError, match="cudnn: it needs an NVIDIA GPU, not cpu"):
+                dispatch.choose("attention", "auto", *shapes, **CALL)
+        assert dispatch.choose("ssd", "auto") is reference
+    assert dispatch.choose("ssd", "auto") is xla
+    for wrong, message in (({"scan": "xla"}, "op='scan'"), ({"ssd": "cudnn"}, "'xla', 'reference' for ssd")):
+        with pytest.raises(ValueError, match=message), dispatch.naming(wrong):
+            pass
+
+
+def test_a_jitted_call_is_traced_anew_under_another_name():
+    seen = []
+
+    @jax.jit
+    def call(x):
+        seen.append(dispatch.choose("ssd", "auto").__name__.rsplit(".", 1)[1])
+        return x
+
+    call(1.0)
+    with dispatch.naming({"ssd": "reference"}):
+        call(1.0)
+        call(1.0)
+    assert seen == ["xla", "reference"]
+
+
 def test_auto_takes_what_is_verified_on_this_device_with_these_sources(h200, monkeypatch):
     assert dispatch.choose("attention", "auto", *queries(), **CALL) is xla
     # Named, it needs no record.
