@@ -5,7 +5,7 @@ Time:     a few seconds per case and version, and minutes to make the environmen
 Expected: no kernel of Mosaic spills, and none takes more registers than its case allows.
 
 FOLDER holds (or gets) one virtual environment per version of JAX, with its CUDA plugin and ptxas beside it. ``--check``
-writes nothing. Exit codes: 0, 1 where something is a regression, 77 where nothing could be compiled.
+writes nothing, ``--op`` leaves the results of other ops in FILE as they are. Exit codes: 0, 1 where something is a regression, 77 where nothing could be compiled.
 """
 
 import argparse
@@ -95,6 +95,15 @@ def run(pythons: dict[str, Path], op: str | None) -> list[dict[str, Any]]:
     return results
 
 
+def merged(results: list[dict[str, Any]], op: str | None, file: Path) -> list[dict[str, Any]]:
+    """New results, and with ``op`` those of the other ops that the file has, in the order of a whole run."""
+    if op is not None and file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))["results"]
+        results = results + [result for result in known if result["op"] != op]
+    versions, ops = list(VERSIONS), list(dict.fromkeys(case.op for case in cases()))
+    return sorted(results, key=lambda r: (versions.index(r["jax"]), ops.index(r["op"])))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(
@@ -127,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "target": "sm_90a, from the description of an H200; nothing ran on a GPU",
             "missing": missing,
-            "results": results,
+            "results": merged(results, options.op, options.out),
         }
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(any(result["faults"] for result in results))

@@ -1,6 +1,7 @@
 """Compilation ahead of time on the tiny kernels (extra ``aot``), and how its reports are read (no extra)."""
 
 import dataclasses
+import json
 import os
 
 import jax.numpy as jnp
@@ -77,6 +78,22 @@ def test_an_absent_python_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(kernels_aot, "VERSIONS", {"0.10.2": "3.99"})
     assert kernels_aot.main(["--environments", str(tmp_path)]) == 77
     assert "no Python 3.99 here" in capsys.readouterr().out
+
+
+def test_one_op_leaves_the_results_of_the_others(tmp_path):
+    def entry(jax, op, registers):
+        return {"jax": jax, "op": op, "registers": registers}
+
+    versions = list(kernels_aot.VERSIONS)
+    old = [entry(v, op, 1) for v in versions for op in ("attention", "paged_attention")]
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps({"results": old}))
+    new = [entry(v, "paged_attention", 2) for v in versions]
+    both = [entry(v, op, n) for v in versions for op, n in (("attention", 1), ("paged_attention", 2))]
+    assert kernels_aot.merged(new, "paged_attention", file) == both
+    assert (
+        kernels_aot.merged(new, None, file) == kernels_aot.merged(new, "attention", tmp_path / "none") == new
+    )
 
 
 def _dies(key):
