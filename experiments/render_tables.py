@@ -112,6 +112,41 @@ def kernels(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=[2, 3, 4])}\nMeasured on: {data['device']}, JAX {data['jax']}.\n"
 
 
+def kernels_torch(data: dict[str, Any]) -> str:
+    """The part of bench/kernels.py that ran beside torch, losses included."""
+    beside = data["beside_torch"]
+    if "missing" in beside:
+        raise TableError(f"nothing ran beside torch: {beside['missing']}")
+
+    def verdict(ratio: float, aim: float) -> str:
+        return "we lose" if ratio < 1 else "below the aim" if ratio < aim else "meets the aim"
+
+    lines = [
+        (
+            r["case"],
+            r["operands"],
+            r["mode"],
+            *(number(1e3 * r[name], 3) for name in ("seconds", "torch_seconds")),
+            number(r["ratio"], 2),
+            verdict(r["ratio"], r["aim"]),
+        )
+        for r in beside["results"]
+    ]
+    header = (
+        "case",
+        "operands",
+        "pass",
+        "ms",
+        "torch, ms",
+        "torch / ours",
+        f"aim {beside['results'][0]['aim']}",
+    )
+    where = (
+        f"{data['device']}, JAX {data['jax']} and torch {beside['torch']}, {beside['threads']} threads each"
+    )
+    return f"{markdown(header, lines, right=[3, 4, 5])}\nMeasured turn by turn on: {where}.\n"
+
+
 def compile_time(data: dict[str, Any]) -> str:
     """What bench/compile_time.py wrote."""
     lines = [
@@ -216,6 +251,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compile_time": compile_time,
     "moe": moe,
     "kernels_aot": kernels_aot,
+    "kernels_torch": kernels_torch,
     "convert_memory": convert_memory,
 }
 

@@ -1,19 +1,16 @@
 """The cases of every op on a GPU: time, share of the bound measured in the same run, and peers."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.bench._kernels_peers import peers
 from pallas_kernels import compat, dispatch
 from pallas_kernels.cases import Case
 from pallas_kernels.target import target
 from pallas_kernels.timing import seconds
-
-Call = Callable[[dict[str, Any]], Any]
 
 
 def bounds(repeats: int, size: int = 8192, megabytes: int = 2048) -> dict[str, float]:
@@ -35,91 +32,6 @@ def least(case: Case, reached: dict[str, float]) -> float | None:
         if amount is not None
     ]
     return max(times, default=None)
-
-
-def _torch_attention(case: Case) -> Call:
-    """``scaled_dot_product_attention`` of torch, causal by row: its masks know no documents."""
-    import torch
-
-    shapes = case.avals()
-    device = "cuda" if target().platform == "cuda" else "cpu"
-
-    def heads_first(name: str) -> Any:
-        B, T, H, d = shapes[name].shape
-        return torch.randn(
-            B, H, T, d, dtype=torch.bfloat16, device=device, requires_grad=bool(case.gradients)
-        )
-
-    q, k, v = map(heads_first, "qkv")
-
-    def call(_arrays: dict[str, Any]) -> Any:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        if case.gradients:
-            torch.autograd.grad(out.sum(), (q, k, v))
-        return out
-
-    return call
-
-
-def _torch_seconds(call: Call, repeats: int) -> float:
-    """Median of device events, the second-level cache written over between calls."""
-    import statistics
-
-    import torch
-
-    flush = torch.empty(2**27, dtype=torch.uint8, device="cuda")
-    call({})
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call({})
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def _cudnn_attention(case: Case) -> Call:
-    """cuDNN's causal attention by row index, the fastest it has: a bound for calls of one document, not the same op."""
-
-    def forward(q: Any, k: Any, v: Any) -> Any:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
-    def call(arrays: dict[str, Any]) -> Any:
-        q, k, v = (arrays[name] for name in "qkv")
-        if not case.gradients:
-            return forward(q, k, v)
-        out, pull = jax.vjp(forward, q, k, v)
-        return out, pull(jnp.ones_like(out))
-
-    return call
-
-
-def peers(case: Case) -> dict[str, Callable[[dict[str, Any], int], float] | str]:
-    """Contenders by name: from the inputs and the repeats to seconds, or why there is none."""
-    found: dict[str, Any] = {"xla": lambda arrays, n: seconds(case.call("xla"), arrays, repeats=n)}
-    if case.op != "attention":
-        return found
-    reason = None
-    if case.options.get("soft_cap") is not None or case.options.get("window") is not None:
-        reason = "it has no soft cap, and no window by position"
-    elif case.avals()["q"].shape[1] != case.avals()["k"].shape[1]:
-        reason = "it is causal by row index, and there are fewer queries than keys"
-    if compat.cudnn_version() is None:
-        found["cuDNN, causal by row"] = "no cuDNN is installed"
-    else:
-        found["cuDNN, causal by row"] = reason or (
-            lambda arrays, n: seconds(_cudnn_attention(case), arrays, repeats=n)
-        )
-    if importlib.util.find_spec("torch") is None:
-        found["torch SDPA"] = "torch is not installed"
-    elif not importlib.import_module("torch").cuda.is_available():
-        found["torch SDPA"] = "torch sees no GPU"
-    else:
-        found["torch SDPA"] = reason or (lambda arrays, n: _torch_seconds(_torch_attention(case), n))
-    return found
 
 
 def measure(case: Case, implementation: str, reached: dict[str, float], repeats: int) -> dict[str, Any]:

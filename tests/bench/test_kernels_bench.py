@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
-from experiments.bench import _kernels_gpu, kernels
+from experiments import render_tables
+from experiments.bench import _kernels_gpu, _kernels_peers, _kernels_torch, kernels
 from pallas_kernels import compat
+from pallas_kernels.attention import cases as attention_cases
+from pallas_kernels.paged_attention import cases as paged_cases
 from tests.kernels.proof import scaled
 
 CASE = dataclasses.replace(scaled.CASES[1], flops=2e6, bytes_moved=1e6)
@@ -30,10 +33,36 @@ def test_cases_are_timed_beside_their_peers(monkeypatch):
 
 
 def test_a_peer_that_cannot_run_says_why():
-    case = dataclasses.replace(CASE, op="attention", options={"soft_cap": 3.0})
-    found = _kernels_gpu.peers(case)
-    assert found["cuDNN, causal by row"] == "no cuDNN is installed"
-    assert isinstance(found["torch SDPA"], str)
+    for name, case in (
+        ("8B", attention_cases.CASES[-2]),
+        ("tree", attention_cases.tree_case("t", 1, 8, 2, 1, 64)),
+    ):
+        found = _kernels_peers.peers(case)
+        assert set(found) - {"xla"} == {
+            "cuDNN, causal by row",
+            "torch SDPA",
+            "pallas.ops.gpu attention_mgpu, causal by row",
+            "jax-linear-attention",
+        }
+        assert (
+            found["torch SDPA"] == "it has no mask of pairs"
+            if name == "tree"
+            else "torch" in found["torch SDPA"]
+        )
+    assert _kernels_peers._absent("no.such.package").startswith("no.such.package cannot be imported")
+    assert "causal mask" in _kernels_peers._pallas_attention(attention_cases.CASES[-2])
+    wide = attention_cases.CASES[-1]
+    assert set(map(str, list(_kernels_peers.peers(wide).values())[1:])) == {"it has no soft cap"}
+
+
+def test_jax_has_a_peer_for_whole_pages_only():
+    by_name = {case.name: _kernels_peers.peers(case) for case in paged_cases.CASES}
+    theirs = {
+        name: found["pallas.ops.gpu paged_attention, sealed pages only"] for name, found in by_name.items()
+    }
+    assert callable(theirs["8B decode 32k"]) and callable(theirs["small page16 d64"])
+    assert "one query" in theirs["8B window 8 32k"] and "8 bits" in theirs["8B decode 32k 4 bits"]
+    assert "no selection" in theirs["8B Quest 64k"]
 
 
 def test_what_a_device_reaches_is_measured():
@@ -55,3 +84,36 @@ def test_one_op_on_the_cpu(capsys, monkeypatch):
     assert kernels.main(["--op", "causal_conv", "--quick"]) == 0
     shown = capsys.readouterr().out
     assert "conv B4" in shown and "attention" not in shown
+
+
+def test_the_table_beside_torch_says_where_we_lose():
+    row = {"case": "a", "operands": "float32", "mode": "forward", "seconds": 2e-3, "aim": 1.5}
+    rows = [row | {"torch_seconds": 2e-3 * ratio, "ratio": ratio} for ratio in (0.5, 1.2, 2.0)]
+    data = {"device": "cpu", "jax": "0", "beside_torch": {"torch": "1", "threads": 2, "results": rows}}
+    lines = render_tables.kernels_torch(data).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:5]] == [
+        "we lose",
+        "below the aim",
+        "meets the aim",
+    ]
+    assert "torch 1, 2 threads each" in lines[-1]
+    with pytest.raises(render_tables.TableError, match="not there"):
+        render_tables.kernels_torch({"beside_torch": {"missing": "not there", "results": []}})
+
+
+def test_without_torch_the_rest_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(_kernels_torch, "torch_threads", lambda: "torch is not installed")
+    monkeypatch.setattr(kernels, "matmul_gflops", lambda *_: 1.0)
+    monkeypatch.setattr(kernels, "seconds", lambda *_, repeats: 1.0)
+    assert kernels.main(["--op", "attention", "--quick"]) == 0
+    assert "Nothing beside it: torch is not installed." in capsys.readouterr().out
+
+
+@pytest.mark.oracle
+def test_both_libraries_give_the_same_and_are_timed():
+    assert _kernels_torch.torch_threads() is None
+    pairs = [*_kernels_torch.prompts(True), *_kernels_torch.decodes(True)]
+    assert len({(pair.case, pair.dtype, pair.mode) for pair in pairs}) == len(pairs) == 10
+    for pair in pairs:
+        row = _kernels_torch.measure(pair, 2)
+        assert row["ratio"] == row["torch_seconds"] / row["seconds"] > 0
