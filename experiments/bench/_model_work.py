@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxllm import preset
-from jaxllm.cache.state import AttentionState, init_cache
+from jaxllm.cache.state import init_cache
 from jaxllm.config import (
     AttentionConfig,
     MambaConfig,
@@ -133,9 +133,9 @@ def _states(cfg: ModelConfig, length: int) -> tuple[int, int]:
     cache = jax.eval_shape(lambda: init_cache(cfg, 1, length))
     for letter, layer in zip(cfg.pattern, cache.layers, strict=True):
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer))
-        if isinstance(layer, AttentionState):
-            window = cfg.attention.window if letter == "W" and cfg.attention else None
-            read += size * min(window or length, length) // length
+        if letter in "*W":
+            # A window's ring holds no more than it reads.
+            read += size
         else:
             state += size
     return read, state

@@ -133,7 +133,7 @@ def launch(
         own_refs = Refs(inputs[0], inputs[1], inputs[2 : 2 + mine])
         other_refs = Refs(inputs[2 + mine], inputs[3 + mine], inputs[4 + mine : -2])
         order_ref, counts_ref = inputs[-2:]
-        own_s, ring = (Refs(*pair, rows) for pair, rows in zip(matrices_s, rows_s))
+        own_s, ring = (Refs(first, second, rows) for (first, second), rows in zip(matrices_s, rows_s))
         own_in, first_in, second_in, first_free, second_free, done = barriers
         b, head = lax.axis_index("row"), lax.axis_index("head")
         i = lax.axis_index("block")

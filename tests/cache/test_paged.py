@@ -15,6 +15,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.cache import attend
 from jaxllm.cache.kv import KVCache
 from jaxllm.cache.options import AttendOptions
+from jaxllm.cache.policies import Pillar
 from jaxllm.cache.policies.base import Policy
 from jaxllm.cache.state import Cache, init_cache, rolled_back, zero_slots
 from jaxllm.config import AttentionConfig, ModelConfig
@@ -202,3 +203,35 @@ def test_a_layer_does_what_the_plain_model_does(kind: str, seed: int, shuffled: 
                 twin.extend([int(rng.random() < 0.8 and twin.room(slot) > 0) for slot in range(SLOTS)], 1)
         elif min(room) > 0:
             getattr(twin, move)()
+
+
+def test_a_window_that_is_due_reads_everything_and_its_commit_renews_the_list(rng):
+    """PillarAttn learns from the window that verifies a draft, as from a decode step."""
+    policy = Pillar(budget=4, least=1, period=50)
+    caches = [init_cache(CFG, SLOTS, CAPACITY, KVCache(page_size=PAGE), p) for p in (policy, Policy())]
+    draw = lambda length, heads: rng.normal(size=(SLOTS, length, heads, D)).astype(np.float32)  # noqa: E731
+    chunk = [draw(CHUNK, heads) for heads in (H, K, K)]
+    lengths = [CHUNK, 5, 0]
+    batch = PackedBatch.from_rows(np.zeros((SLOTS, CHUNK)), lengths=lengths)
+    caches = [steps()[0](c, *chunk, batch, None, drafting=False)[1] for c in caches]
+    nodes = [draw(W, heads) for heads in (H, K, K)]
+    window = PackedBatch.from_rows(np.zeros((SLOTS, W)), offset=lengths)
+    seen = [steps()[1](cache, *nodes, window) for cache in caches]
+    np.testing.assert_allclose(seen[0][0], seen[1][0], atol=2e-5, rtol=2e-5)
+    accepted = np.arange(W) < np.array([[3], [1], [0]])
+    pillar = steps()[2](caches[0], seen[0][1], accepted)
+    memory = pillar.layers[0].memory.per_slot
+    np.testing.assert_array_equal(memory["next"], [CHUNK + 3 + 50, 6 + 50, 0])
+    # The best of what was sealed, by the nodes' mean probability of what was stored before them.
+    q, k = (np.asarray(x, np.float64) for x in (nodes[0], np.concatenate([chunk[1], nodes[1]], axis=1)))
+    mass = np.zeros((K, CHUNK))
+    for node in range(W):
+        for head in range(H):
+            scores = k[0, : CHUNK + node + 1, head // G] @ q[0, node, head] * D**-0.5
+            weights = np.exp(scores - scores.max())
+            mass[head // G] += (weights / weights.sum())[:CHUNK]
+    count = int(memory["count"][0])
+    assert count > 0
+    for head in range(K):
+        best = set(np.argsort(-mass[head])[:count] + 1)
+        assert set(np.asarray(memory["chosen"])[0, head, :count].tolist()) == best

@@ -29,7 +29,7 @@ Reports = dict[str, Any]
 class AttentionWindow:
     """``state`` before the window, the window itself, and its keys (after RoPE) and values, [B, W, K, d] each.
 
-    Where pages have a policy also what it observes at the commit: queries [B, W, H, d], lse f32[B, W, H].
+    Of pages also what their policy observes at the commit: queries [B, W, H, d], lse f32[B, W, H] and mass.
     """
 
     state: AttentionState
@@ -38,6 +38,7 @@ class AttentionWindow:
     v: Leaf
     q: Leaf = None
     lse: Leaf = None
+    mass: Leaf = None
 
 
 def extend(
@@ -125,7 +126,7 @@ def window(
     if isinstance(state, PagedState):
         depths = tree.depths(ancestors)
         done = window_paged(state, q, k, v, batch, ancestors, depths, options)
-        return done.out, AttentionWindow(state, batch, k, v, q, done.lse)
+        return done.out, AttentionWindow(state, batch, k, v, q, done.lse, done.mass)
     committed = committed_lengths(batch, ancestors)
     if isinstance(state, RingState):
         keys, values, positions, owners = read_ring(state, batch, committed)
@@ -165,5 +166,5 @@ def commit(window: AttentionWindow, accepted: Bool[Array, "B W"]) -> AttentionSt
     state = settle(state, joined, table)
     start = (joined.sealed + joined.before)[:, None]
     tokens = jnp.where(segments.rank >= 0, start + segments.rank, -1)
-    seen = Seen(window.q, jnp.where(accepted, batch.positions, -1), tokens, window.lse, None)
+    seen = Seen(window.q, jnp.where(accepted, batch.positions, -1), tokens, window.lse, window.mass)
     return learnt(state, segments, table, whole, seen, None, reading=False)

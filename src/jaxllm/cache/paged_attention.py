@@ -99,7 +99,10 @@ def learnt(
         seen = _seen_by_segment(seen, segments)
     view = view_of(state, segments, table, whole)
     if seen.mass is not None:
-        seen = seen._replace(mass=seen.mass[:, :, : view.tokens])
+        # The step's view had another width.
+        mass = seen.mass[:, :, : view.tokens]
+        mass = jnp.pad(mass, ((0, 0), (0, 0), (0, view.tokens - mass.shape[2])))
+        seen = seen._replace(mass=mass)
     state = replace(state, memory=state.policy.observe(state.memory, view, seen))
     # A slot that this step does not touch may be in the middle of its prompt.
     there = segments.count > 0
@@ -147,7 +150,7 @@ def window_paged(
     table = slot_table(state, segments, whole, options.bound)
     # Selection looks at what is committed.
     committed = replace(joined, length=joined.before)
-    return _decode(state, q, open_view(state, committed, table), numbers, tail, options, whole)
+    return _decode(state, q, open_view(state, committed, table), numbers, tail, options, whole, windowed=True)
 
 
 def _decode(
@@ -158,14 +161,15 @@ def _decode(
     tail: OpenTail,
     options: AttendOptions,
     whole: bool,
+    windowed: bool = False,
 ) -> Attended:
     """Selected pages or tokens and the tail; all of them for rows that are due."""
     policy, memory = state.policy, state.memory
     selection = policy.select(memory, repeat_live(q, numbers >= 0), view)
     attend = partial(_attend, state, q, view, numbers, tail, options, whole)
     if selection is None:
-        return attend(None, policy.wants_mass)
-    due = policy.due(memory, view) if q.shape[1] == 1 else None
+        return attend(None, policy.wants_mass and not windowed)
+    due = policy.due(memory, view)
     recall = "kv_recall" in options.taps
 
     done = attend(selection, False) if due is None else _due(attend, selection, due, view)

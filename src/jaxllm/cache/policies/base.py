@@ -64,8 +64,8 @@ class Seen(NamedTuple):
             visible. Negative: padding.
         lse: f32[B, T, H], logarithm of each query's sum of exponentials.
         mass: f32[B, K, L], probability of every stored token, averaged over the query heads of its KV head and the
-            step's live queries; 0 for rows that are not ``due``; None unless the policy asked (``wants_mass``,
-            ``due``) and this is a decode step.
+            step's live queries. With ``due`` it is there in decode steps and committed windows (of all their nodes, over
+            what was stored before them), 0 for rows that were not due; with ``wants_mass`` in decode steps; else None.
     """
 
     q: Any
@@ -155,7 +155,7 @@ class Policy:
         return state
 
     def due(self, state: PolicyState, view: View) -> Bool[Array, " B"] | None:
-        """Rows that read everything in this decode step and report its mass to ``observe``; None: never any."""
+        """Rows that read everything in this decode step or window and report its mass to ``observe``; None: never any."""
         return None
 
     def select(self, state: PolicyState, q: Float[Array, "B W H d"], view: View) -> Selection | None:

@@ -99,7 +99,9 @@ class Pillar(Policy):
         best = jnp.pad(best, ((0, 0), (0, 0), (0, most - best.shape[2])))
         reads = jnp.minimum(view.length, jnp.maximum(self.least, self._wanted(view.length)))
         count = jnp.clip(reads - view.tail_len, 0, jnp.minimum(since, most))
-        full = self.due(state, view) & jnp.any(seen.q_tokens >= 0, axis=1)
+        # A commit can make a row due whose window was not yet, and so has no mass.
+        told = jnp.any(seen.mass > 0, axis=(1, 2)) & jnp.any(seen.q_tokens >= 0, axis=1)
+        full = self.due(state, view) & told
         slots = jnp.where(full, view.slots, len(old["next"]))
         new = {
             "chosen": jnp.where(jnp.arange(most) < count[:, None, None], best + 1, 0),
