@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.cache.policies.base import Keep, Policy, Selection
+from jaxllm.cache.policies.base import Keep, Policy, PolicyState, Selection
 from pallas_kernels.paged_attention import dequantize_pages, quantize_pages
 
 PAGE, K, G, D = 4, 2, 2, 8
@@ -14,23 +14,35 @@ PAGE, K, G, D = 4, 2, 2, 8
 
 @dataclass(frozen=True, kw_only=True)
 class OddPages(Policy):
-    """Reads pages 1, 3, 5, ... alone."""
+    """Reads pages 1, 3, 5, ... alone where an even number of tokens is stored, else pages 0, 2, 4, ..."""
 
     def select(self, state, q, view):
-        index = jnp.arange(view.table.shape[1])
-        count = view.sealed[:, None] // view.page // 2 + jnp.zeros(K, jnp.int32)
-        logical = jnp.where(index < count[..., None], 2 * index + 1, -1)
-        return Selection(logical.astype(jnp.int32), count)
+        index, first = jnp.arange(view.table.shape[1]), 1 - view.length % 2
+        count = (view.sealed // view.page + 1 - first) // 2
+        logical = jnp.where(index < count[:, None], 2 * index + first[:, None], -1).astype(jnp.int32)
+        logical = jnp.broadcast_to(logical[:, None], (len(logical), K, logical.shape[1]))
+        return Selection(logical, jnp.broadcast_to(count[:, None], logical.shape[:2]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ends(Policy):
-    """Keeps the first ``head`` and last ``recent`` tokens when ``most`` are stored."""
+    """Keeps the first ``head`` and last ``recent`` tokens when ``most`` are stored; counts the queries that it sees."""
 
     head: int = 3
     recent: int = 6
     most: int = 13
     evicts = True
+
+    def init(self, layout):
+        return PolicyState(per_slot={"queries": jnp.zeros(layout.slots, jnp.int32)})
+
+    def observe(self, state, view, seen):
+        real = (seen.q_positions >= 0) & (seen.q_tokens >= 0)
+        padding = (seen.q_positions < 0) & (seen.q_tokens < 0)
+        # Both say the same, and positions only grow.
+        count = jnp.where(jnp.all(real | padding, axis=1), jnp.sum(real, axis=1), 1000)
+        queries = state.per_slot["queries"].at[view.slots].add(count, mode="drop")
+        return PolicyState(per_slot={"queries": queries})
 
     def triggers(self, state, view, ended):
         return (view.length >= self.most) | (ended & (view.length > self.head + self.recent))

@@ -15,10 +15,11 @@ from jaxllm.batch import PackedBatch
 from jaxllm.cache import attend
 from jaxllm.cache.kv import KVCache
 from jaxllm.cache.options import AttendOptions
-from jaxllm.cache.policies import Pillar
+from jaxllm.cache.policies import Pillar, Quest
 from jaxllm.cache.policies.base import Policy
 from jaxllm.cache.state import Cache, init_cache, rolled_back, zero_slots
 from jaxllm.config import AttentionConfig, ModelConfig
+from pallas_kernels.paged_attention import dequantize_pages
 from tests.cache.paged_model import PAGE, D, Ends, G, K, OddPages, Slot
 
 SLOTS, CAPACITY, CHUNK, W = 3, 32, 8, 5
@@ -76,6 +77,7 @@ class Twin:
             cache = replace(cache, groups=groups)
         self.cache = zero_slots(cache, jnp.arange(SLOTS))
         self.slots = [Slot([], []) for _ in range(SLOTS)]
+        self.drafting = False
         # Positions go on where tokens are evicted.
         self.positions = [0] * SLOTS
 
@@ -84,11 +86,12 @@ class Twin:
         draw = lambda heads: self.rng.normal(size=(rows, length, heads, D)).astype(np.float32)  # noqa: E731
         return draw(H), draw(K), draw(K)
 
-    def visible(self, slot: Slot, upto: int, reads_all: bool) -> list[int]:
-        """Tokens that attention reads: those selected among the sealed ones, and all that follow."""
-        if reads_all or not isinstance(self.policy, OddPages):
+    def visible(self, slot: Slot, upto: int, length: int | None) -> list[int]:
+        """Tokens that attention reads: those selected among the sealed ones where ``length`` are stored (None: no
+        selection), and all that follow."""
+        if length is None or not isinstance(self.policy, OddPages):
             return list(range(upto))
-        return [i for i in range(upto) if i >= slot.sealed or (i // PAGE) % 2]
+        return [i for i in range(upto) if i >= slot.sealed or (i // PAGE) % 2 == 1 - length % 2]
 
     def room(self, slot: int) -> int:
         return CAPACITY - len(self.slots[slot].k) - W - 1
@@ -119,7 +122,9 @@ class Twin:
             for i in range(count):
                 mine.k.append(self.rounded(k[slot, i]))
                 mine.v.append(self.rounded(v[slot, i]))
-                expected = mine.attend(q[slot, i], self.visible(mine, len(mine.k), length > 1))
+                expected = mine.attend(
+                    q[slot, i], self.visible(mine, len(mine.k), None if length > 1 else len(mine.k))
+                )
                 np.testing.assert_allclose(y[slot, i], expected, rtol=self.tolerance, atol=self.tolerance)
             self.positions[slot] += count
             if count and not drafting:
@@ -133,8 +138,10 @@ class Twin:
         """Decode a few tokens, and take them back."""
         taken = [int(self.rng.integers(0, self.kv.draft + 1)) for _ in range(SLOTS)]
         before = jax.tree.map(np.asarray, (self.cache.layers[0].k, self.cache.layers[0].memory))
+        self.drafting = True
         for step in range(max(taken)):
             self.extend([int(step < count) for count in taken], 1, drafting=True)
+        self.drafting = False
         self.cache = rolled_back(self.cache, jnp.arange(SLOTS), jnp.asarray(taken))
         for slot, count in enumerate(taken):
             mine = self.slots[slot]
@@ -161,7 +168,7 @@ class Twin:
                     mine.v + [self.rounded(v[slot, i]) for i in paths[node]],
                     mine.sealed,
                 )
-                seen = self.visible(extra, len(extra.k), False)
+                seen = self.visible(extra, len(extra.k), len(mine.k))
                 expected = extra.attend(q[slot, node], seen)
                 np.testing.assert_allclose(y[slot, node], expected, rtol=self.tolerance, atol=self.tolerance)
             path = paths[int(self.rng.integers(0, W))]
@@ -183,6 +190,9 @@ class Twin:
     def check(self) -> None:
         np.testing.assert_array_equal(self.cache.groups[0].length, [len(s.k) for s in self.slots])
         np.testing.assert_array_equal(self.cache.groups[0].sealed, [s.sealed for s in self.slots])
+        memory = self.cache.layers[0].memory.per_slot
+        if memory and not self.drafting:
+            np.testing.assert_array_equal(memory["queries"], self.positions)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,6 +213,19 @@ def test_a_layer_does_what_the_plain_model_does(kind: str, seed: int, shuffled: 
                 twin.extend([int(rng.random() < 0.8 and twin.room(slot) > 0) for slot in range(SLOTS)], 1)
         elif min(room) > 0:
             getattr(twin, move)()
+
+
+def test_metadata_come_from_the_keys_that_attention_multiplies(rng):
+    cache = init_cache(CFG, SLOTS, CAPACITY, KVCache("int4", PAGE), Quest(dense_layers=(), budget=8))
+    chunk = [rng.normal(size=(SLOTS, CHUNK, heads, D)).astype(np.float32) for heads in (H, K, K)]
+    cache = steps()[0](cache, *chunk, PackedBatch.from_rows(np.zeros((SLOTS, CHUNK))), None, drafting=False)[
+        1
+    ]
+    state, table = cache.layers[0], np.asarray(cache.groups[0].table)[:, : CHUNK // PAGE].reshape(-1)
+    keys = np.asarray(dequantize_pages(state.k))[table]
+    assert np.abs(keys - np.swapaxes(chunk[1].reshape(-1, PAGE, K, D), 1, 2)).max() > 0.01
+    np.testing.assert_array_equal(np.asarray(state.memory.per_page["low"])[table], keys.min(axis=2))
+    np.testing.assert_array_equal(np.asarray(state.memory.per_page["high"])[table], keys.max(axis=2))
 
 
 def test_a_window_that_is_due_reads_everything_and_its_commit_renews_the_list(rng):
