@@ -120,6 +120,21 @@ class World:
         self.dead.discard(got.slot)
         return got.slot
 
+    def move(self, slot: int) -> None:
+        """The request is put aside and comes back to other pages; where these are lacking now, it is gone."""
+        self.flush()
+        held, contents = self.allocator.held[slot], self.device.park(slot)
+        request = self.live[slot]
+        self.release(slot)
+        new = self.call(self.allocator.resume, held)
+        if new is FULL:
+            return
+        self.dead.discard(new)
+        self.device.apply(self.allocator.flush())
+        self.device.unpark(new, contents)
+        self.live[new] = replace(request, granted=False)
+        self.verify()
+
     def release(self, slot: int) -> None:
         self.call(self.allocator.release, slot)
         del self.live[slot]

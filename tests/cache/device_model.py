@@ -98,6 +98,17 @@ class Device:
         self.full[slot][group] = full
         self.tails[slot][group] = list(kept[full * page :])
 
+    def park(self, slot: int) -> tuple[Any, list[list[Any]]]:
+        """Everything that the slot is: its recurrent state, and of every group what it stores."""
+        return self.states[slot], [self.read(slot, group) for group in range(len(self.sizes.groups))]
+
+    def unpark(self, slot: int, contents: tuple[Any, list[list[Any]]]) -> None:
+        """The inverse, into the pages that the slot has by now."""
+        self.states[slot], stored = contents
+        for group, values_ in enumerate(stored):
+            self.full[slot][group] = len(values_) // self.sizes.page
+            self.rewrite(slot, group, values_)
+
     def run_dead(self, slot: int) -> None:
         """A step that still runs a slot without a request writes all that it can reach."""
         for group, sizes in enumerate(self.sizes.groups):

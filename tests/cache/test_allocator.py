@@ -501,6 +501,34 @@ class TestEviction:
             allocator.shrink(slot, 0, 10)
 
 
+class TestResuming:
+    def test_takes_pages_of_its_own_for_what_was_stored(self):
+        allocator = hybrid()
+        first = served(allocator, list(range(13)))
+        second = served(allocator, list(range(12)))
+        held = allocator.held[second]
+        assert held.snapshot >= 0 and pages(allocator, second)[:2] == pages(allocator, first)[:2]
+        allocator.release(second)
+        slot = allocator.resume(held)
+        now = allocator.held[slot]
+        assert (now.tokens, now.stored, now.snapshot) == (12, (12,), -1)
+        assert len(pages(allocator, slot)) == 3
+        assert not set(pages(allocator, slot)) & set(pages(allocator, first))
+        assert allocator.publish(slot) == 0
+        check(allocator)
+
+    def test_without_room_nothing_changes(self):
+        allocator = attention(groups=(Group("full", pages=8, pages_per_slot=8),))
+        slot = served(allocator, list(range(20)), publish=False)
+        held = allocator.held[slot]
+        allocator.release(slot)
+        allocator.admit([0] * 16)
+        before = books(allocator)
+        with pytest.raises(OutOfPages):
+            allocator.resume(held)
+        assert books(allocator) == before
+
+
 class TestTransactions:
     def test_what_fails_half_way_leaves_nothing(self):
         allocator = attention()

@@ -104,6 +104,11 @@ class Machine(RuleBasedStateMachine):
             self.world.release(slot)
 
     @precondition(lambda self: self.world.live)
+    @rule(number=slots)
+    def move(self, number):
+        self.world.move(self.pick(number))
+
+    @precondition(lambda self: self.world.live)
     @rule(
         number=slots,
         count=st.integers(1, 7),

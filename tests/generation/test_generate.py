@@ -13,7 +13,8 @@ from jaxllm.cache.kv import KVCache
 from jaxllm.config import GatedDeltaConfig, JetConfig
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.generation import steps
-from jaxllm.generation.engine import Engine, EngineConfig
+from jaxllm.generation.engine import Engine
+from jaxllm.generation.engine_config import EngineConfig
 from jaxllm.generation.request import SamplingParams
 from jaxllm.generation.text import TextStream
 from jaxllm.model.functional import LanguageModel, map_named, merge

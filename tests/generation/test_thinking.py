@@ -14,7 +14,8 @@ from jaxllm.batch import PackedBatch
 from jaxllm.cache.kv import KVCache
 from jaxllm.generation import steps
 from jaxllm.generation.budget import CLOSING, FREE, THINKING, ThinkingBudget
-from jaxllm.generation.engine import Engine, EngineConfig
+from jaxllm.generation.engine import Engine
+from jaxllm.generation.engine_config import EngineConfig
 from jaxllm.generation.request import SamplingParams
 from jaxllm.generation.sampling import Features, advance, init_sampling, sample
 from jaxllm.generation.thinking import newline_table, thinking_rows

@@ -3,10 +3,10 @@
 Pure bookkeeping without time, files or device arrays. A request holds a slot (its recurrent states and open tails) and
 pages of every cache group, or nothing. Decisions become device instructions in :meth:`Allocator.flush`:
 
-    admit, grow, fork, own, release      # before a step; they may raise, and then nothing has changed
-    flush                                # one Update for the device
+    admit, resume, grow, fork, own, release    # before a step; they may raise, and then nothing has changed
+    flush                                      # one Update for the device
     (the step)
-    append, shrink, publish              # after it: what the device stores now
+    append, shrink, publish                    # after it: what the device stores now
 
 A page is written only by the one request that holds it, and never again once it is full, except that a group whose
 policy evicts rewrites its own.
@@ -135,6 +135,24 @@ class Allocator:
             self._extend(slot, held, [length] * len(self.pools))
             self._pending.start(slot, shared, snapshot)
         return Admission(slot, shared, None if snapshot < 0 else snapshot)
+
+    def resume(self, held: Held) -> int:
+        """A slot, and pages of its own, for a request that was released and that stores what ``held`` said then.
+
+        It publishes nothing. Its contents are the caller's to put back.
+
+        Returns:
+            the slot.
+
+        Raises:
+            OutOfSlots, OutOfPages: there is no room now.
+        """
+        with self.transaction():
+            slot = self._take_slot()
+            empty = held._replace(pages=((),) * len(self.pools), block=None, rest=b"", snapshot=-1)
+            self._extend(slot, empty, list(held.stored))
+            self._pending.start(slot, 0, -1)
+        return slot
 
     def grow(self, slot: int, tokens: int) -> None:
         """Pages for the next ``tokens`` tokens, before the step that stores them.

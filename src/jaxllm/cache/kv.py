@@ -20,15 +20,25 @@ class KVCache:
             codes with a scale and an offset in float16 for every token and head; a slot's last tokens, up to a page,
             stay in the compute dtype until their page is full.
         page_size: tokens of a page. None: that of the policy; 16 for integers; else a slot's tokens lie in one piece,
-            the fastest to read while slots share nothing.
+            the fastest to read while slots share nothing (16 again with ``pool_tokens``).
         keys_per_channel: with integers, keys have a scale and an offset for every channel of a page instead.
         draft: most tokens that may be appended and rolled back again.
+        pool_tokens: tokens for which there are pages, handed out to the requests as they grow; a multiple of the page.
+            Where they run short, requests wait, and the youngest one makes room for the others. None: every slot owns
+            pages for the longest request.
+        prefixes: with ``pool_tokens``, a request takes the pages of an earlier prompt that begins as its own does.
+            Nothing is shared where a policy evicts. Where more than plain pages has to be found again (recurrent layers,
+            sliding windows, integer keys and values), a prefix is known at the ends of a prompt's chunks only.
+        snapshots: prefixes of which the states of recurrent layers and sliding windows are kept, for those models.
     """
 
     dtype: str = "compute"
     page_size: int | None = None
     keys_per_channel: bool = False
     draft: int = 0
+    pool_tokens: int | None = None
+    prefixes: bool = True
+    snapshots: int = 8
 
     def __post_init__(self) -> None:
         one_of("kv.dtype", self.dtype, "compute", "float32", "bfloat16", *_BITS)
@@ -47,6 +57,14 @@ class KVCache:
             f"needs dtype int8 or int4, not {self.dtype}",
         )
         require(self.draft >= 0, "kv.draft", self.draft, "must be at least 0")
+        require(self.snapshots >= 0, "kv.snapshots", self.snapshots, "must be at least 0")
+        page = self.page_size or 1
+        require(
+            self.pool_tokens is None or (self.pool_tokens > 0 and self.pool_tokens % page == 0),
+            "kv.pool_tokens",
+            self.pool_tokens,
+            f"None, or a multiple of the page of {page} tokens" if page > 1 else "None or at least 1",
+        )
 
     @property
     def bits(self) -> int | None:
@@ -66,5 +84,6 @@ class KVCache:
         wanted = [each.default_page_size for each in used if each.default_page_size is not None]
         if wanted:
             return max(wanted)
-        paged = self.bits is not None or self.draft or any(type(each) is not Policy for each in used)
+        paged = self.bits is not None or self.draft or self.pool_tokens is not None
+        paged = paged or any(type(each) is not Policy for each in used)
         return _PAGE if paged else None

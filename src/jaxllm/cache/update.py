@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxllm.cache.journal import Journal
 
+_LEAST_ROWS = 8
+
 
 class Copies(NamedTuple):
     """Pages to copy in every layer of a group, with their scales and the policy's ``per_page`` arrays.
@@ -79,14 +81,17 @@ class Update(NamedTuple):
     def padded(self, slots: int, pages: Sequence[int], snapshots: int) -> "Update":
         """The same with lengths that are powers of two, so that few programs are compiled.
 
-        Rows, starts and saves get one common length, copies of all groups another.
+        Rows, starts and saves get one common length of at least 8 (or S), except that starts and saves stay without any
+        where there are none, since their states cost far more than rows; copies of all groups get another length.
 
         Args:
             slots: S.
             pages: P of each group.
             snapshots: R.
         """
-        rows = _power_of_two(max(len(self.slots), len(self.starts.slots), len(self.saves.snapshots)))
+        begun = max(len(self.starts.slots), len(self.saves.snapshots))
+        rows = _power_of_two(max(len(self.slots), begun, min(slots, _LEAST_ROWS)))
+        begun = rows if begun else 0
         count = _power_of_two(max((len(each.target) for each in self.copies), default=0))
         return Update(
             slots=_pad(self.slots, rows, slots),
@@ -96,9 +101,9 @@ class Update(NamedTuple):
                 for each, size in zip(self.copies, pages)
             ),
             starts=Starts(
-                _pad(self.starts.slots, rows, slots), *(_pad(each, rows, -1) for each in self.starts[1:])
+                _pad(self.starts.slots, begun, slots), *(_pad(each, begun, -1) for each in self.starts[1:])
             ),
-            saves=Saves(_pad(self.saves.snapshots, rows, snapshots), _pad(self.saves.state, rows, -1)),
+            saves=Saves(_pad(self.saves.snapshots, begun, snapshots), _pad(self.saves.state, begun, -1)),
         )
 
 

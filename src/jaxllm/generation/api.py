@@ -9,9 +9,12 @@ from jaxllm.cache.kv import KVCache
 from jaxllm.cache.policies.base import Policy
 from jaxllm.cache.state import cache_groups
 from jaxllm.config import ModelConfig, require
+from jaxllm.generation.admission import pool_sizes
 from jaxllm.generation.buckets import multiple, power_of_two
 from jaxllm.generation.budget import Marker, ThinkingBudget, prompt_budgets, sequence_width
-from jaxllm.generation.engine import LEAST_BOUND, Engine, EngineConfig
+from jaxllm.generation.checks import check_room
+from jaxllm.generation.engine import LEAST_BOUND, Engine
+from jaxllm.generation.engine_config import EngineConfig
 from jaxllm.generation.pool import borrowed
 from jaxllm.generation.request import Event, SamplingParams
 from jaxllm.generation.results import Answer, StreamEvent
@@ -83,7 +86,8 @@ def generate(
         thinking_close: what is forced, text or token ids; it holds the end of thinking. None: that alone.
         thinking_markers: what opens and what ends thinking, text or token ids. The model's own end is found as the
             token ids of the marker: where these are several that merge with their neighbours, it can be missed.
-        kv: how keys and values are kept: dtype and pages.
+        kv: how keys and values are kept: dtype, pages, and the pool that prompts may share. Prefixes of earlier calls
+            with the same model and sizes are found again.
         policy: what attention reads of them in each step, and which stay (:mod:`jaxllm.cache.policies`); None:
             everything.
         max_batch: prompts decoded at once; the others queue.
@@ -180,6 +184,9 @@ def generate(
         thinking_width=power_of_two(thinking_width, 4) if thinking_width else 0,
         newline_ids=tokenizer.newline_ids if thinking_width and tokenizer is not None else frozenset(),
     )
+    pool = pool_sizes(cfg, config)
+    for prompt in ids:
+        check_room(cfg, config, pool, len(prompt), max_new_tokens)
     k = steps_per_call or (1 if stream else STEPS_PER_CALL)
     answers = [
         Answer(i, len(prompt), tokenizer, stops, None if budget is None else budget.end, started)

@@ -3,25 +3,37 @@
 It owns no time, file or socket. Offline generation and the server are clients of it.
 """
 
-import heapq
+import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache.kv import KVCache
-from jaxllm.cache.policies.base import Policy
+from jaxllm.cache.apply import init_snapshots
+from jaxllm.cache.sizes import OutOfPages
 from jaxllm.cache.state import init_cache
-from jaxllm.config import ModelConfig, positive, require
+from jaxllm.config import ModelConfig, require
+from jaxllm.generation import seats
+from jaxllm.generation.admission import (
+    OwnPages,
+    Room,
+    SharedPages,
+    Suspended,
+    book_sizes,
+    pool_sizes,
+)
 from jaxllm.generation.buckets import power_of_two
+from jaxllm.generation.checks import check_request
+from jaxllm.generation.engine_config import EngineConfig
 from jaxllm.generation.request import Event, Running, SamplingParams, union
-from jaxllm.generation.sampling import Features, SamplingState, init_sampling
-from jaxllm.generation.steps import StepOutput, admit, decode_step, prefill
-from jaxllm.generation.thinking import newline_table, thinking_rows
+from jaxllm.generation.sampling import Features, init_sampling
+from jaxllm.generation.sampling_rows import sampling_rows
+from jaxllm.generation.steps import StepOutput, decode_step, prefill
+from jaxllm.generation.thinking import newline_table
 from jaxllm.generation.weights import operands
 from jaxllm.model.functional import Params
 
@@ -29,63 +41,31 @@ LEAST_LENGTH = 16
 LEAST_BOUND = 64
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of an engine's pools; one set of compiled steps per value.
-
-    Attributes:
-        slots: requests decoded at once.
-        capacity: most positions of a request, prompt and output.
-        kv: how keys and values are kept.
-        policy: what attention reads of them, and which stay.
-        stored: most tokens that a slot stores in every cache group; None: its capacity.
-        chunk: longest piece of a prompt that one call reads.
-        stop_width: most stop ids of a request.
-        penalties: requests may use penalties (costs slots * vocabulary counts).
-        vocab_limit: ids of the tokenizer, where the model has more; the others are never sampled. None: all are.
-        thinking_width: longest closing or ending sequence of a thinking budget; 0: requests may have none.
-        taps: what layers report of every decode step, for :attr:`Engine.reports`.
-        newline_ids: ids whose text has a newline, at which a thinking budget may close; only with budgets.
-    """
-
-    slots: int
-    capacity: int
-    kv: KVCache
-    chunk: int = 512
-    stop_width: int = 4
-    penalties: bool = False
-    vocab_limit: int | None = None
-    thinking_width: int = 0
-    newline_ids: frozenset[int] = frozenset()
-    policy: Policy = field(default_factory=Policy)
-    stored: tuple[int, ...] | None = None
-    taps: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        positive(slots=self.slots, capacity=self.capacity, chunk=self.chunk, stop_width=self.stop_width)
-        require(
-            self.vocab_limit is None or self.vocab_limit >= 1,
-            "vocab_limit",
-            self.vocab_limit,
-            "must be None or at least 1",
-        )
-        require(self.thinking_width >= 0, "thinking_width", self.thinking_width, "must be at least 0")
-
-
 class Engine:
     """Continuous batching over slot pools.
 
-    A request waits until a slot is free, is prefilled in chunks, decodes in its slot, and leaves it. Slots are taken
-    lowest first, so that decoding touches as few rows as possible.
+    A request waits until there is room, is prefilled in chunks, decodes in its slot, and leaves it. Slots are taken
+    lowest first, so that decoding touches as few rows as possible. Where requests share a pool of pages
+    (``KVCache.pool_tokens``) and it runs short, the youngest one is put aside, bit by bit, until the others have made
+    room again; it is the first that goes on then.
+
+    Attributes:
+        prompt_tokens_read: tokens of prompts that steps have read; those of shared prefixes are not among them.
+        suspensions: how often a request had to make room for others.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig):
         self.cfg = cfg
-        self.params = params
         self.config = config
-        self._cache = init_cache(
-            cfg, config.slots, config.capacity, config.kv, config.policy, stored=config.stored
-        )
+        self._pool = pool_sizes(cfg, config)
+        pages, stored = (None, config.stored) if self._pool is None else self._pool[1:]
+        self._cache = init_cache(cfg, config.slots, config.capacity, config.kv, config.policy, pages, stored)
+        self._room: Room = OwnPages(config.slots)
+        self._snapshots: tuple[Any, ...] = ()
+        if self._pool is not None:
+            books = book_sizes(config, self._cache, self._pool)
+            self._room = SharedPages(books)
+            self._snapshots = init_snapshots(self._cache, books.snapshots)
         counted = cfg.vocab_size if config.penalties else None
         self._sampling = init_sampling(
             config.slots,
@@ -94,21 +74,37 @@ class Engine:
             thinking_width=config.thinking_width,
             newline=newline_table(config.newline_ids, cfg.vocab_size) if config.thinking_width else None,
         )
-        self._free = list(range(config.slots))
         self._waiting: deque[Running] = deque()
         self._reading: list[Running] = []
         self._live: dict[int, Running] = {}
         self._next = 0
         # The last call was a prefill: live requests have their turn next.
         self._prefilled = False
+        self.prompt_tokens_read = self.suspensions = 0
+        self._read_with: list[Any] = []
+        self.params = params
 
     @property
     def params(self) -> Params:
-        """Pure parameters, as the steps take them; None while the engine is idle in the pool."""
+        """Pure parameters, as the steps take them; None while the engine is idle in the pool.
+
+        Other ones than before make shared prefixes void, and may come only while no request runs.
+        """
         return self._params
 
     @params.setter
     def params(self, params: Params) -> None:
+        if params is not None and isinstance(self._room, SharedPages):
+            leaves = jax.tree.leaves(params)
+            # An array of the device never changes; what the host holds may have, in place.
+            same = len(leaves) == len(self._read_with) and all(
+                isinstance(leaf, jax.Array) and known() is leaf
+                for leaf, known in zip(leaves, self._read_with)
+            )
+            if not same:
+                require(not self.busy, "params", "other arrays", "only while the engine has no request")
+                self._room.forget()
+            self._read_with = [weakref.ref(leaf) for leaf in leaves]
         self._params = None if params is None else operands(self.cfg, params)
 
     def add(self, prompt: list[int], params: SamplingParams) -> int:
@@ -124,40 +120,7 @@ class Engine:
         Raises:
             ConfigError: the prompt is empty, holds an id outside the vocabulary, or does not fit the engine.
         """
-        vocab = self.cfg.vocab_size
-        require(len(prompt) > 0, "prompt", prompt, "must have at least one token")
-        outside = [token for token in prompt if not 0 <= token < vocab]
-        require(not outside, "prompt", outside[:1], f"token ids must be from 0 to {vocab - 1}")
-        need = len(prompt) + params.max_new_tokens
-        require(
-            need <= self.config.capacity,
-            "prompt",
-            f"{len(prompt)} tokens with max_new_tokens={params.max_new_tokens}",
-            f"together they must fit the capacity of {self.config.capacity} positions",
-        )
-        width = self.config.stop_width
-        require(
-            len(params.stop_token_ids) <= width,
-            "stop_token_ids",
-            params.stop_token_ids,
-            f"at most {width} in this engine",
-        )
-        features = params.features
-        require(
-            self.config.penalties or not features.penalties,
-            "penalties",
-            False,
-            "the engine was built without penalties, and this request uses one",
-        )
-        sampled = min(vocab, self.config.vocab_limit or vocab)
-        require(
-            (features.logprobs or 0) <= sampled,
-            "logprobs",
-            features.logprobs,
-            f"at most the vocabulary of {sampled}",
-        )
-        if params.thinking is not None:
-            params.thinking.check_fits(len(prompt), sampled, self.config.thinking_width)
+        check_request(self.cfg, self.config, self._pool, prompt, params)
         request = Running(self._next, list(prompt), params)
         self._next += 1
         self._waiting.append(request)
@@ -168,13 +131,14 @@ class Engine:
         for group in (self._waiting, self._reading):
             for request in [r for r in group if r.number == number]:
                 group.remove(request)
-                self._release(request)
+                if request.slot >= 0:
+                    self._room.release(request)
         for request in [r for r in self._live.values() if r.number == number]:
             # The device still thinks that the slot lives: without this it would go on writing to it.
             live = self._sampling.live.at[request.slot].set(False)
             self._sampling = replace(self._sampling, live=live)
             del self._live[request.slot]
-            self._release(request)
+            self._room.release(request)
 
     @property
     def busy(self) -> bool:
@@ -191,30 +155,75 @@ class Engine:
         Returns:
             the sampled tokens; of one request, in their order.
         """
-        readable = bool(self._reading or (self._waiting and self._free))
-        if readable and not (self._live and self._prefilled):
-            self._prefilled = True
-            return self._prefill()
+        if not (self._live and self._prefilled):
+            self._admit()
+            if self._reading:
+                self._prefilled = True
+                return self._prefill()
         self._prefilled = False
         return self._decode(k, steps) if self._live else []
 
+    @property
+    def _running(self) -> list[Running]:
+        return [*self._live.values(), *self._reading]
+
     def _admit(self) -> None:
-        new = []
-        while self._waiting and self._free:
+        new, back = [], []
+        while self._waiting and self._room.admit(self._waiting[0], [*self._running, *new, *back]):
             request = self._waiting.popleft()
-            request.slot = heapq.heappop(self._free)
-            new.append(request)
-        if not new:
-            return
-        rows = power_of_two(len(new))
-        slots = np.full(rows, -1, np.int32)
-        slots[: len(new)] = [request.slot for request in new]
-        parameters = _sampling_rows(self.cfg, self.config, new, rows)
-        self._cache, self._sampling = admit(self._cache, self._sampling, slots, parameters)
-        self._reading += new
+            (new if request.suspended is None else back).append(request)
+        if new:
+            rows = power_of_two(len(new))
+            slots = np.full(rows, -1, np.int32)
+            slots[: len(new)] = [request.slot for request in new]
+            parameters = sampling_rows(self.cfg, self.config, new, rows)
+            if self._pool is None:
+                self._cache, self._sampling = seats.admit(self._cache, self._sampling, slots, parameters)
+            else:
+                self._sampling = seats.seat(self._sampling, slots, parameters)
+            self._reading += new
+        if back:
+            self._flush()
+        for request in back:
+            _, contents, row = request.suspended
+            self._cache, self._sampling = seats.unpark(
+                self._cache, self._sampling, request.slot, contents, row
+            )
+            request.suspended = None
+            self._live[request.slot] = request
+
+    def _flush(self) -> None:
+        """What the host has decided since the last step reaches the device."""
+        decided = self._room.flush()
+        if decided is not None:
+            self._cache, self._snapshots = seats.update(self._cache, self._snapshots, decided)
+
+    def _grow(self, steps: int) -> int:
+        """Decode steps for which all live requests have room; the youngest ones leave until there are any."""
+        while True:
+            try:
+                return self._room.grow(list(self._live.values()), steps)
+            except OutOfPages:
+                running = self._running
+                if len(running) == 1:
+                    raise
+                self._suspend(max(running, key=lambda request: request.number))
+
+    def _suspend(self, request: Running) -> None:
+        """Out of its slot, and first in the queue."""
+        assert isinstance(self._room, SharedPages)
+        if request in self._reading:
+            self._reading.remove(request)
+        else:
+            contents, row, self._sampling = seats.park(self._cache, self._sampling, request.slot)
+            request.suspended = Suspended(self._room.allocator.held[request.slot], contents, row)
+            del self._live[request.slot]
+        self._room.release(request)
+        self._waiting.appendleft(request)
+        self.suspensions += 1
 
     def _prefill(self) -> list[Event]:
-        self._admit()
+        self._flush()
         chunk = min(self.config.chunk, self.config.capacity)
         # As many rows as fill about four chunks, so that scores and activations stay bounded.
         longest = power_of_two(min(max(len(r.prompt) - r.read for r in self._reading), chunk), LEAST_LENGTH)
@@ -228,6 +237,7 @@ class Engine:
             tokens[row, : len(piece)] = piece
             lengths[row], offset[row], slots[row] = len(piece), request.read, request.slot
             request.read += len(piece)
+            self.prompt_tokens_read += len(piece)
             final[row] = request.read == len(request.prompt)
         index = np.arange(length, dtype=np.int32)[None]
         batch = PackedBatch(
@@ -246,6 +256,7 @@ class Engine:
             features=self._features(group),
             bound=self._bound(int((offset + lengths).max())),
         )
+        self._room.settle(group, self._cache, reading=True)
         done = [request for request, last in zip(group, final) if last]
         self._reading = [request for request in self._reading if request not in done]
         for request in done:
@@ -253,7 +264,11 @@ class Engine:
         return self._collect(out, dict(enumerate(group)))
 
     def _decode(self, k: int, steps: int | None) -> list[Event]:
-        taken = k if steps is None else min(k, steps)
+        taken = self._grow(k if steps is None else min(k, steps))
+        if not self._live:
+            # All have made room for older ones that are still reading.
+            return []
+        self._flush()
         requests = self._live.values()
         rows = min(power_of_two(max(self._live) + 1), self.config.slots)
         # A slot that frees up in mid-call is better filled than carried along, if anybody waits.
@@ -271,7 +286,9 @@ class Engine:
             steps=taken,
             least_live=least,
         )
-        return self._collect(out, dict(self._live))
+        events = self._collect(out, dict(self._live))
+        self._room.settle(self._live.values(), self._cache, reading=False)
+        return events
 
     def _features(self, requests: Iterable[Running]) -> Features:
         features = union([request.features for request in requests])
@@ -287,7 +304,7 @@ class Engine:
         for step, row in zip(*np.nonzero(out.tokens >= 0)):
             request = requests[int(row)]
             token = int(out.tokens[step, row])
-            request.sampled += 1
+            request.output.append(token)
             reason = None
             if token in request.params.stop_token_ids:
                 reason = "stop"
@@ -296,12 +313,8 @@ class Engine:
             events.append(Event(request.number, token, *_logprobs(out, request, step, row), reason))
             if reason is not None:
                 del self._live[request.slot]
-                self._release(request)
+                self._room.release(request)
         return events
-
-    def _release(self, request: Running) -> None:
-        if request.slot >= 0:
-            heapq.heappush(self._free, request.slot)
 
 
 def _logprobs(out: StepOutput, request: Running, step: Any, row: Any) -> tuple[float | None, Any]:
@@ -314,43 +327,3 @@ def _logprobs(out: StepOutput, request: Running, step: Any, row: Any) -> tuple[f
             zip(out.top_ids[step, row, :asked].tolist(), out.top_logprobs[step, row, :asked].tolist())
         )
     return float(out.logprobs[step, row]), top
-
-
-def _sampling_rows(
-    cfg: ModelConfig, config: EngineConfig, requests: list[Running], rows: int
-) -> SamplingState:
-    """Parameters of new requests as host arrays, ``rows`` of them."""
-
-    def column(values: list[Any], dtype: Any) -> np.ndarray:
-        array = np.zeros((rows,), dtype)
-        array[: len(values)] = values
-        return array
-
-    params = [request.params for request in requests]
-    stop_ids = np.full((rows, config.stop_width), -1, np.int32)
-    for row, p in enumerate(params):
-        stop_ids[row, : len(p.stop_token_ids)] = p.stop_token_ids
-    zeros, vocab = np.zeros((rows,), np.int32), cfg.vocab_size
-    thinking, width = None, config.thinking_width
-    if width:
-        budgets, prompts = [p.thinking for p in params], [request.prompt for request in requests]
-        thinking = thinking_rows(budgets, prompts, config.newline_ids, rows, width)
-    return SamplingState(
-        token=zeros,
-        position=zeros,
-        live=zeros.astype(bool),
-        remaining=column([p.max_new_tokens for p in params], np.int32),
-        barred=column([p.min_new_tokens for p in params], np.int32),
-        stop_ids=stop_ids,
-        seed=column([p.seed for p in params], np.uint32),
-        temperature=column([p.temperature for p in params], np.float32),
-        top_k=column([p.top_k or 0 for p in params], np.int32),
-        top_p=column([1.0 if p.top_p is None else p.top_p for p in params], np.float32),
-        min_p=column([p.min_p or 0.0 for p in params], np.float32),
-        repetition=column([p.repetition_penalty for p in params], np.float32),
-        presence=column([p.presence_penalty for p in params], np.float32),
-        frequency=column([p.frequency_penalty for p in params], np.float32),
-        prompted=np.zeros((rows, vocab), bool) if config.penalties else None,
-        counts=np.zeros((rows, vocab), np.int32) if config.penalties else None,
-        thinking=thinking,
-    )

@@ -1,4 +1,8 @@
-"""Engines kept between calls, so that a second ``generate`` finds its pools and compiled steps ready."""
+"""Engines kept between calls, so that a second ``generate`` finds its pools and compiled steps ready.
+
+With a shared pool (``KVCache.pool_tokens``) it also finds the prompts of earlier calls, as long as the parameters are the
+same arrays.
+"""
 
 import threading
 from collections import OrderedDict
@@ -7,7 +11,8 @@ from contextlib import contextmanager
 
 from jaxllm.config import ModelConfig
 from jaxllm.generation import weights
-from jaxllm.generation.engine import Engine, EngineConfig
+from jaxllm.generation.engine import Engine
+from jaxllm.generation.engine_config import EngineConfig
 from jaxllm.model.functional import Params
 
 # Pools are as large as what they hold: two shapes alternate well, more would only sit in memory.

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxllm.config import require
 from jaxllm.generation.budget import ThinkingBudget
@@ -161,7 +162,8 @@ class Running:
         params: how its tokens are chosen.
         slot: the slot it holds; -1 while it waits.
         read: tokens of the prompt that are in the cache.
-        sampled: tokens sampled so far.
+        output: tokens sampled so far.
+        suspended: what it held when it had to make room for others; None: it did not, or has it again.
     """
 
     number: int
@@ -169,11 +171,27 @@ class Running:
     params: SamplingParams
     slot: int = -1
     read: int = 0
-    sampled: int = 0
+    output: list[int] = field(default_factory=list)
+    suspended: Any = None
     features: Features = field(init=False)
 
     def __post_init__(self) -> None:
         self.features = self.params.features
+
+    @property
+    def sampled(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.output)
+
+    @property
+    def stored(self) -> int:
+        """Tokens that its slot has taken up; the last sampled one waits for the next step."""
+        return self.read + max(self.sampled - 1, 0)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens of prompt and output by position."""
+        split = len(self.prompt)
+        return self.prompt[start:stop] + self.output[max(start - split, 0) : max(stop - split, 0)]
 
     @property
     def length(self) -> int:

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxllm.batch import Leaf, PackedBatch
-from jaxllm.cache.state import Cache, zero_slots
+from jaxllm.cache.state import Cache
 from jaxllm.config import ModelConfig
+from jaxllm.generation import seats
 from jaxllm.generation.compiler import decode_options
 from jaxllm.generation.sampling import Features, Sampled, SamplingState, advance, sample
 from jaxllm.model import functional
@@ -42,12 +43,6 @@ class StepOutput:
     top_ids: Leaf = None
     top_logprobs: Leaf = None
     aux: Leaf = None
-
-
-def _admit(
-    cache: Cache, sampling: SamplingState, slots: Any, rows: SamplingState
-) -> tuple[Cache, SamplingState]:
-    return zero_slots(cache, slots), sampling.put(slots, rows)
 
 
 def _prefill(
@@ -163,7 +158,6 @@ def _merge_rows(
     return replace(sampling, **{name: put(name) for name in changed})
 
 
-_admit_jit = jax.jit(_admit, donate_argnums=(0, 1))
 _prefill_jit = jax.jit(_prefill, static_argnames=("cfg", "features", "bound"), donate_argnums=(2, 3))
 
 
@@ -176,16 +170,6 @@ def _decode_jit(operands: str) -> Any:
         donate_argnums=(1, 2),
         compiler_options=decode_options(operands),
     )
-
-
-def admit(
-    cache: Cache, sampling: SamplingState, slots: Int[HostOrDevice, " B"], rows: SamplingState
-) -> tuple[Cache, SamplingState]:
-    """Open ``slots`` (-1: none) for new requests: recurrent state zeroed, sampling parameters from ``rows``.
-
-    ``cache`` and ``sampling`` are donated.
-    """
-    return _admit_jit(cache, sampling, slots, rows)
 
 
 def prefill(
@@ -263,6 +247,6 @@ def decode_step(
 
 
 def compiled_programs() -> int:
-    """Programs compiled so far by the three steps; constant while buckets repeat."""
-    steps: tuple[Any, ...] = (_admit_jit, _prefill_jit, *map(_decode_jit, ("float32", "bfloat16")))
+    """Programs compiled so far by the steps; constant while buckets repeat."""
+    steps: tuple[Any, ...] = (*seats.PROGRAMS, _prefill_jit, *map(_decode_jit, ("float32", "bfloat16")))
     return sum(step._cache_size() for step in steps)

@@ -103,6 +103,9 @@ class Policy:
     granularity: ClassVar[str] = "page"
     #: ``maintain`` removes tokens: what is stored is no longer every token, and pages cannot be shared.
     evicts: ClassVar[bool] = False
+    #: What it keeps per slot comes out the same where a prompt is read from a shared prefix on, without the steps that
+    #: read the prefix: it is made at the prompt's end or later, from the pages. Else its prompts share nothing.
+    rebuilds: ClassVar[bool] = False
     #: Decode steps report the probability of every stored token to ``observe``.
     wants_mass: ClassVar[bool] = False
     #: Page size where the user gives none; None: the policy works without pages.

@@ -43,6 +43,8 @@ class Pillar(Policy):
     period: int = 8
 
     granularity: ClassVar[str] = "token"
+    # The first list is made by the first decode step.
+    rebuilds: ClassVar[bool] = True
     default_page_size: ClassVar[int | None] = 64
 
     def __post_init__(self) -> None:
