@@ -46,6 +46,42 @@ def test_the_report_stays_out_of_the_text(cli, folder, model):
     assert "new tokens" in done.err and "first token" in done.err
 
 
+def test_a_policy_and_its_settings_reach_the_cache(cli, folder, model):
+    from jaxllm import KVCache, KVReport, Quest
+
+    prompt = "Attention keeps every key and value; a window keeps the last ones. " * 3
+    argv = ["--prompt", prompt, "--max-new-tokens", "6", "--temperature", "0", "--ignore-eos"]
+    argv += ["--kv-dtype", "int8", "--page-size", "4", "--policy", "Quest"]
+    argv += ["--policy-set", "budget=12", "dense_layers=[]", "--json", "--report", "--recall"]
+    done = cli("generate", folder, *argv)
+    assert done.code == 0, done.err
+    told = KVReport(recall=True)
+    policy, kv = Quest(budget=12, dense_layers=()), KVCache("int8", 4)
+    (expected,) = generate(
+        model, prompt, max_new_tokens=6, ignore_eos=True, policy=policy, kv=kv, kv_report=told
+    )
+    report = json.loads(done.out)
+    assert report["token_ids"] == expected.token_ids
+    assert (
+        report["settings"]["policy"] | {"budget": 12, "dense_layers": [], "name": "Quest"}
+        == (report["settings"]["policy"])
+    )
+    assert report["cache"] == json.loads(json.dumps(told.to_dict()))
+    assert report["cache"]["steps"] == 5 and report["cache"]["layers"][0]["selected"] < 0.5
+    words = " ".join(done.err.split())
+    assert all(word in words for word in ("keys and values", "Quest", "int8", "selected", "recall"))
+
+
+def test_every_policy_has_a_name():
+    from jaxllm.cache import policies
+    from jaxllm.cli import cache_options
+
+    assert set(map(lambda cls: cls.__name__, cache_options.policies().values())) == set(policies.__all__)
+    made = cache_options.policy_of("tactic", ["windows=[0.2, 0.5]", "mass=1"])
+    assert made == policies.Tactic(windows=(0.2, 0.5), mass=1.0)
+    assert cache_options.policy_of(None, ()) is None and cache_options.settings_of(None) is None
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -55,6 +91,16 @@ def test_the_report_stays_out_of_the_text(cli, folder, model):
         (["--prompt", "x", "--temperature", "-1"], ["temperature", "-1"]),
         (["--prompt", "x", "--top-p", "0"], ["top_p", "(0, 1]"]),
         (["--prompt", "x", "--max-new-tokens", "0"], ["max_new_tokens", "at least 1"]),
+        (["--prompt", "x", "--kv-dtype", "int3"], ["kv.dtype", "int3", "bfloat16"]),
+        (["--prompt", "x", "--page-size", "0"], ["kv.page_size", "at least 1"]),
+        (["--prompt", "x", "--policy", "best"], ["--policy", "best", "quest", "tactic", "rkv", "dense"]),
+        (["--prompt", "x", "--policy-set", "budget=9"], ["--policy-set", "only with --policy", "snapkv"]),
+        (["--prompt", "x", "--policy", "quest", "--policy-set", "budget"], ["--policy-set", "NAME=VALUE"]),
+        (["--prompt", "x", "--policy", "quest", "--policy-set", "budged=9"], ["policy.budged", "'budget'"]),
+        (["--prompt", "x", "--policy", "rkv", "--policy-set", "budget=x"], ["policy.budget", "whole number"]),
+        (["--prompt", "x", "--policy", "rkv", "--policy-set", "overrides=[]"], ["overrides", "Python"]),
+        (["--prompt", "x", "--policy", "quest"], ["layers [1]", "attention layers 0 to 0"]),
+        (["--prompt", "x", "--recall"], ["--recall", "--report"]),
     ],
 )
 def test_a_mistake_is_named(cli, folder, argv, words):

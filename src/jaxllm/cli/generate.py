@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
+from jaxllm.cli.cache_options import policy_of, settings_of
 from jaxllm.cli.errors import UserError
 from jaxllm.cli.overrides import parse_value
 
@@ -44,8 +45,15 @@ class Args:
         thinking_budget: in a prompt that ends with the begin of thinking, close it after N tokens of it.
         thinking_grace: let closing wait up to N tokens for a line's end.
         thinking_close: text that closes thinking, with </think> in it.
+        kv_dtype: dtype of keys and values: compute, float32, bfloat16, int8 or int4.
+        page_size: tokens of a page of the cache.
+        policy: what attention reads of the cache and which tokens stay: dense, quest, tactic, rkv, pillar,
+            streamingllm, h2o or snapkv.
+        policy_set: settings of the policy, NAME=VALUE each, such as budget=2048.
         json: print one JSON object instead of the text.
-        report: print times and speeds after the text; compiles first, so that they are the model's own.
+        report: print times, speeds, and what was held and read of the cache after the text; compiles first, so that
+            times are the model's own.
+        recall: with --report: also measure how much of the true attention lies on what the policy read; slower.
     """
 
     folder: Positional[Path]
@@ -69,8 +77,13 @@ class Args:
     thinking_budget: int | None = None
     thinking_grace: int = 0
     thinking_close: str | None = None
+    kv_dtype: str = "compute"
+    page_size: int | None = None
+    policy: str | None = None
+    policy_set: tuple[str, ...] = ()
     json: bool = False
     report: bool = False
+    recall: bool = False
 
 
 def read_prompt(args: Args) -> str:
@@ -141,7 +154,28 @@ def template_variables(args: Args) -> dict[str, Any]:
     return known
 
 
-def _events(args: Args, model: "LanguageModel", prompt: str | list[int]) -> "Iterator[StreamEvent]":
+def cache_arguments(args: Args) -> dict[str, Any]:
+    """What ``generate`` is told of the cache.
+
+    Raises:
+        UserError: as :func:`policy_of`; ``--recall`` without a report.
+        ConfigError: a dtype, page size or setting that there is not.
+    """
+    from jaxllm.cache.kv import KVCache
+    from jaxllm.generation.kv_report import KVReport
+
+    if args.recall and not args.report:
+        raise UserError("--recall", True, "only with --report")
+    return {
+        "kv": KVCache(args.kv_dtype, args.page_size),
+        "policy": policy_of(args.policy, args.policy_set),
+        "kv_report": KVReport(args.recall) if args.report else None,
+    }
+
+
+def _events(
+    args: Args, model: "LanguageModel", prompt: str | list[int], cache: dict[str, Any]
+) -> "Iterator[StreamEvent]":
     from jaxllm.generation.api import generate
 
     return generate(
@@ -162,6 +196,7 @@ def _events(args: Args, model: "LanguageModel", prompt: str | list[int]) -> "Ite
         thinking_grace=args.thinking_grace,
         thinking_close=args.thinking_close,
         stream=True,
+        **cache,
     )
 
 
@@ -189,10 +224,10 @@ def _stream(events: "Iterator[StreamEvent]", prompt: str, quiet: bool) -> "Gener
     return result
 
 
-def _warm_up(args: Args, model: "LanguageModel", prompt: str | list[int]) -> float:
+def _warm_up(args: Args, model: "LanguageModel", prompt: str | list[int], cache: dict[str, Any]) -> float:
     """Seconds of a first try, which compiles: the step that gives later tokens is compiled at the second one."""
     started = time.perf_counter()
-    for count, _ in enumerate(_events(args, model, prompt)):
+    for count, _ in enumerate(_events(args, model, prompt, cache)):
         if count == 1:
             break
     return time.perf_counter() - started
@@ -211,9 +246,10 @@ def _timings(result: "GenerationResult", loaded: float, compiled: float | None) 
     }
 
 
-def _show_report(timings: dict[str, Any]) -> None:
+def _show_report(timings: dict[str, Any], kv_report: Any) -> None:
     from rich.console import Console
 
+    from jaxllm.cli.cache_display import cache_tables
     from jaxllm.cli.display import count, duration, number, table
 
     made = table("generation", "", right=(1,))
@@ -229,7 +265,9 @@ def _show_report(timings: dict[str, Any]) -> None:
     made.add_row("first token after", duration(timings["first_token_seconds"]))
     made.add_row("tokens per second after it", number(timings["tokens_per_second"], 1))
     # Beside the text, not in it: the text may go into a file.
-    Console(stderr=True, highlight=False).print(made)
+    console = Console(stderr=True, highlight=False)
+    for each in (made, *cache_tables(kv_report)):
+        console.print(each)
 
 
 def run(args: Args) -> int:
@@ -237,6 +275,7 @@ def run(args: Args) -> int:
     messages = read_messages(args)
     prompt = read_prompt(args) if messages is None else ""
     variables = template_variables(args)
+    cache = cache_arguments(args)
     from jaxllm.generation.folders import load
 
     started = time.perf_counter()
@@ -249,12 +288,16 @@ def run(args: Args) -> int:
     ids: str | list[int] = prompt
     if messages is not None:
         prompt, ids = model.render_chat(messages, **variables), model.encode_chat(messages, **variables)
-    compiled = _warm_up(args, model, ids) if args.report else None
-    result = _stream(_events(args, model, ids), prompt, quiet=args.json)
+    compiled = _warm_up(args, model, ids, cache) if args.report else None
+    result = _stream(_events(args, model, ids, cache), prompt, quiet=args.json)
     timings = _timings(result, loaded, compiled)
     if args.json:
-        settings = {key: value for key, value in asdict(args).items() if key not in ("json", "report")}
+        settings = {
+            key: value for key, value in asdict(args).items() if key not in ("json", "report", "recall")
+        }
         settings |= {"folder": str(args.folder), "prompt": prompt, "prompt_file": None, "messages": messages}
+        settings["policy"] = settings_of(cache["policy"])
+        del settings["policy_set"]
         report = {
             "text": result.text,
             "answer": result.answer,
@@ -262,7 +305,9 @@ def run(args: Args) -> int:
             "timings": timings,
             "settings": settings,
         }
+        if args.report:
+            report["cache"] = cache["kv_report"].to_dict()
         print(json.dumps(report, indent=2, ensure_ascii=False))
     if args.report:
-        _show_report(timings)
+        _show_report(timings, cache["kv_report"])
     return 0

@@ -15,6 +15,7 @@ from jaxllm.generation.budget import Marker, ThinkingBudget, prompt_budgets, seq
 from jaxllm.generation.checks import check_room
 from jaxllm.generation.engine import LEAST_BOUND, Engine
 from jaxllm.generation.engine_config import EngineConfig
+from jaxllm.generation.kv_report import KVReport
 from jaxllm.generation.pool import borrowed
 from jaxllm.generation.request import Event, SamplingParams
 from jaxllm.generation.results import Answer, StreamEvent
@@ -55,6 +56,7 @@ def generate(
     thinking_markers: tuple[Marker, Marker] = THINKING_MARKERS,
     kv: KVCache | None = None,
     policy: Policy | None = None,
+    kv_report: KVReport | None = None,
     max_batch: int = 8,
     chunk: int = 512,
     steps_per_call: int | None = None,
@@ -90,6 +92,7 @@ def generate(
             with the same model and sizes are found again.
         policy: what attention reads of them in each step, and which stay (:mod:`jaxllm.cache.policies`); None:
             everything.
+        kv_report: filled with what decoding holds and reads of the cache; with ``stream`` as the events are read.
         max_batch: prompts decoded at once; the others queue.
         chunk: longest piece of a prompt that one call reads.
         steps_per_call: decode steps between two looks at the result; None: 1 when streaming, else 32. Tokens do not
@@ -183,6 +186,7 @@ def generate(
         vocab_limit=vocab if vocab < cfg.vocab_size else None,
         thinking_width=power_of_two(thinking_width, 4) if thinking_width else 0,
         newline_ids=tokenizer.newline_ids if thinking_width and tokenizer is not None else frozenset(),
+        taps=frozenset() if kv_report is None else kv_report.taps(cfg),
     )
     pool = pool_sizes(cfg, config)
     for prompt in ids:
@@ -192,7 +196,7 @@ def generate(
         Answer(i, len(prompt), tokenizer, stops, None if budget is None else budget.end, started)
         for i, (prompt, budget) in enumerate(zip(ids, thinking))
     ]
-    events = _run(cfg, params, config, ids, requests, answers, k)
+    events = _run(cfg, params, config, ids, requests, answers, k, kv_report)
     if stream:
         return events
     results = {event.index: event.result for event in events if event.result is not None}
@@ -221,13 +225,19 @@ def _run(
     requests: list[SamplingParams],
     answers: list[Answer],
     k: int,
+    report: KVReport | None,
 ) -> Iterator[StreamEvent]:
     with borrowed(cfg, params, config) as engine:
+        if report is not None:
+            report.begin(cfg, engine.cache)
         owners = {
             engine.add(prompt, params): answer for prompt, params, answer in zip(ids, requests, answers)
         }
         while engine.busy:
-            yield from _told(engine, engine.step(k), owners)
+            events = engine.step(k)
+            if report is not None and engine.report is not None:
+                report.add(*engine.report)
+            yield from _told(engine, events, owners)
 
 
 def _told(engine: Engine, events: list[Event], owners: dict[int, Answer]) -> Iterator[StreamEvent]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm.batch import PackedBatch
 from jaxllm.cache.apply import init_snapshots
 from jaxllm.cache.sizes import OutOfPages
-from jaxllm.cache.state import init_cache
+from jaxllm.cache.state import Cache, init_cache
 from jaxllm.config import ModelConfig, require
 from jaxllm.generation import seats
 from jaxllm.generation.admission import (
@@ -80,6 +80,8 @@ class Engine:
         self._next = 0
         # The last call was a prefill: live requests have their turn next.
         self._prefilled = False
+        #: Of the last call, where it decoded with taps: (tokens i32[k, R], what layers reported, [k, layers, R, ...]).
+        self.report: tuple[np.ndarray, dict[str, np.ndarray]] | None = None
         self.prompt_tokens_read = self.suspensions = 0
         self._read_with: list[Any] = []
         self.params = params
@@ -139,6 +141,11 @@ class Engine:
             self._sampling = replace(self._sampling, live=live)
             del self._live[request.slot]
             self._room.release(request)
+
+    @property
+    def cache(self) -> Cache:
+        """The pools, as the last call left them."""
+        return self._cache
 
     @property
     def busy(self) -> bool:
@@ -285,6 +292,7 @@ class Engine:
             k=k,
             steps=taken,
             least_live=least,
+            taps=self.config.taps,
         )
         events = self._collect(out, dict(self._live))
         self._room.settle(self._live.values(), self._cache, reading=False)
@@ -300,6 +308,7 @@ class Engine:
     def _collect(self, out: StepOutput, requests: dict[int, Running]) -> list[Event]:
         """Events of a call whose row r belongs to ``requests[r]``."""
         out = jax.tree.map(np.asarray, out)
+        self.report = None if out.aux is None else (out.tokens, out.aux)
         events = []
         for step, row in zip(*np.nonzero(out.tokens >= 0)):
             request = requests[int(row)]

@@ -22,7 +22,7 @@ class EngineConfig:
         penalties: requests may use penalties (costs slots * vocabulary counts).
         vocab_limit: ids of the tokenizer, where the model has more; the others are never sampled. None: all are.
         thinking_width: longest closing or ending sequence of a thinking budget; 0: requests may have none.
-        taps: what layers report of every decode step, for :attr:`Engine.reports`.
+        taps: what layers report of every decode step, for :attr:`Engine.report`.
         newline_ids: ids whose text has a newline, at which a thinking budget may close; only with budgets.
     """
 

@@ -157,6 +157,18 @@ class Policy:
         """
         return state
 
+    def step_bytes(self, layout: Layout, sealed: Any, key: int) -> Any:
+        """Bytes that a decode step of one row reads for the policy itself, over all KV heads: for reports (host).
+
+        Tokens that it selects come beside, the work of ``maintain`` is left out.
+
+        Args:
+            layout: sizes.
+            sealed: tokens in pages, an integer or an array of them.
+            key: bytes of one stored key.
+        """
+        return 0 * sealed
+
     def due(self, state: PolicyState, view: View) -> Bool[Array, " B"] | None:
         """Rows that read everything in this decode step or window and report its mass to ``observe``; None: never any."""
         return None

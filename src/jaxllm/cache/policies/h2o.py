@@ -1,7 +1,7 @@
 """H2O: keep the tokens that attention has dwelt on most so far, and the last ones (arXiv 2306.14048)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -58,6 +58,10 @@ class H2O(Policy):
         return PolicyState(
             per_slot={"mass": jnp.zeros((layout.slots, layout.kv_heads, layout.tokens), jnp.float32)}
         )
+
+    def step_bytes(self, layout: Layout, sealed: Any, key: int) -> Any:
+        """The scores of all sealed tokens, to which the step's are added."""
+        return layout.kv_heads * sealed * 4
 
     def observe(self, state: PolicyState, view: View, seen: Seen) -> PolicyState:
         """Add the step's probabilities; those of a prefill are computed from its log-sum-exps."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -66,11 +66,14 @@ class Pillar(Policy):
         ``chosen`` i32[S, K, m]: token numbers plus one, ``count`` i32[S] of them; ``since`` i32[S]: tokens from this
         number on are read whole; ``next`` i32[S]: stored tokens at which the next full step comes.
         """
-        room = layout.pages_per_slot * layout.page
-        most = min(room, max(self.least, int(self._wanted(layout.tokens))))
+        most = self._most(layout)
         none = jnp.zeros(layout.slots, jnp.int32)
         chosen = jnp.zeros((layout.slots, layout.kv_heads, most), jnp.int32)
         return PolicyState(per_slot={"chosen": chosen, "count": none, "since": none, "next": none})
+
+    def step_bytes(self, layout: Layout, sealed: Any, key: int) -> Any:
+        """The list, and how long it is."""
+        return layout.kv_heads * self._most(layout) * 4 + 0 * sealed
 
     def due(self, state: PolicyState, view: View) -> Bool[Array, " B"]:
         """Rows whose period is over, or that have no list yet."""
@@ -112,6 +115,11 @@ class Pillar(Policy):
             "next": view.length + self.period,
         }
         return PolicyState(per_slot={name: old[name].at[slots].set(new[name], mode="drop") for name in old})
+
+    def _most(self, layout: Layout) -> int:
+        """The longest list."""
+        room = layout.pages_per_slot * layout.page
+        return min(room, max(self.least, int(self._wanted(layout.tokens))))
 
     def _wanted(self, stored: int | Int[Array, " B"]) -> int | Int[Array, " B"]:
         """The budget of so many stored tokens, whatever ``least`` says."""

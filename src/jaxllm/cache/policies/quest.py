@@ -1,7 +1,7 @@
 """Quest: read the pages whose keys could score highest against the step's query (arXiv 2406.10774)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +82,10 @@ class Quest(Policy):
         """``low`` and ``high`` f32[P, K, d]."""
         box = jnp.zeros((layout.pages, layout.kv_heads, layout.head_dim), jnp.float32)
         return PolicyState(per_page={"low": box, "high": box})
+
+    def step_bytes(self, layout: Layout, sealed: Any, key: int) -> Any:
+        """Both vectors of every sealed page."""
+        return layout.kv_heads * (sealed // layout.page) * 2 * 4 * layout.head_dim
 
     def on_append(
         self,

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -138,6 +139,15 @@ class Tactic(Policy):
                 "clustered": jnp.zeros((S,), jnp.int32),
             }
         )
+
+    def step_bytes(self, layout: Layout, sealed: Any, key: int) -> Any:
+        """Centroids and sizes of all clusters, and for each query the keys that it scores, with their numbers.
+
+        As if all sealed tokens were clustered: an upper bound between two clusterings.
+        """
+        clusters = -(-np.maximum(sealed - self.sinks, 0) // self.cluster)
+        scored = layout.group * (self.head + 2 * self.width) * np.maximum(sealed - self.sinks, 0)
+        return layout.kv_heads * (clusters * 4 * (layout.head_dim + 1) + np.ceil(scored) * (key + 4))
 
     def triggers(self, state: PolicyState, view: View, ended: Bool[Array, " B"]) -> Bool[Array, " B"]:
         """Rows with sealed tokens in no cluster, at a prompt's end any and then ``refresh`` of them."""
