@@ -70,6 +70,7 @@ def extend_paged(
         tail = _open_tail(joined)
         done = _decode(state, q, before, numbers[:, None], tail, options, whole)
         tokens = numbers[:, None]
+        joined = _after(joined, done)
     else:
         tokens = _numbers(segments, joined, batch)
         done = _prefill(state, q, batch, segments, joined, table, tokens, options)
@@ -334,6 +335,18 @@ def _all_pages(pool: Any, table: Int[Array, "V n"], dtype: Any) -> Float[Array, 
 def _open_tail(joined: Joined) -> OpenTail:
     place = jnp.arange(joined.k.shape[2])
     return OpenTail(joined.k, joined.v, joined.length, joined.sealed[:, None] + place)
+
+
+def _after(joined: Joined, done: Attended) -> Joined:
+    """``joined``, known only when attention is done.
+
+    What seals pages must not run beside what reads them: XLA orders by data alone, and would copy both whole pools in
+    every step to have either order right.
+    """
+    bits = jax.lax.bitcast_convert_type(done.out, jnp.uint16 if done.out.dtype.itemsize == 2 else jnp.uint32)
+    # Never true, NaN or not, but not to the compiler.
+    never = jnp.any((bits | 1) == 0)
+    return replace(joined, length=joined.length + never)
 
 
 def _numbers(segments: Segments, joined: Joined, batch: PackedBatch) -> Int[Array, "B T"]:
