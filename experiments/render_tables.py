@@ -244,6 +244,32 @@ def convert_memory(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=[1, 2, 3])}\nAbove an idle interpreter. Model: {sizes}. Measured on: {where}.\n"
 
 
+def decode(data: dict[str, Any]) -> str:
+    """What ``experiments.bench.decode`` wrote."""
+    lines = [
+        (
+            number(r["context"], 0),
+            r["policy"],
+            r["dtype"],
+            *(number(r[key], 2) for key in ("ms_per_token", "dense_ms_per_token", "bound_ms_per_token")),
+            *(number(r[key] / 1e6, 1) for key in ("bytes_per_step", "held_bytes")),
+            f"{r['selected']:.1%}",
+        )
+        for r in sorted(data["model"], key=lambda r: (r["context"], r["dtype"]))
+    ]
+    header = ("context", "policy", "keys", "ms/token", "dense", "bound", "MB/step", "MB held", "selected")
+    text = markdown(header, lines, right=[0, *range(3, 9)])
+    for r in data["layers"]:
+        faster = ", ".join(f"{name} {value:.1f}" for name, value in r["speedup"].items())
+        share = ", ".join(f"{name} {value:.0%}" for name, value in r["select_share"].items())
+        text += f"\nAttention alone at {number(r['context'], 0)}, times as fast as dense: {faster}; selecting takes {share} of dense.\n"
+    where = f"{data['device']['cpu']}, {data['device']['cores']} cores, JAX {data['versions']['jax']}"
+    pools = number(data["pools"]["int4_over_bfloat16"], 2)
+    return (
+        f"{text}\nAn int4 pool holds {pools} times the tokens of bfloat16 in a byte. Measured on: {where}.\n"
+    )
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": quickstart,
     "benchmark": benchmark,
@@ -253,6 +279,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels_aot": kernels_aot,
     "kernels_torch": kernels_torch,
     "convert_memory": convert_memory,
+    "decode": decode,
 }
 
 
