@@ -9,6 +9,9 @@ import pytest
 import jaxllm
 from jaxllm import H2O, RKV, KVCache, Pillar, Policy, Quest, SnapKV, StreamingLLM, Tactic
 from jaxllm.config import AttentionConfig, ConfigError, MambaConfig, MLPConfig, ModelConfig, RopeConfig
+from jaxllm.generation.engine import Engine
+from jaxllm.generation.engine_config import EngineConfig
+from jaxllm.generation.request import SamplingParams
 from jaxllm.model import functional
 from jaxllm.model.functional import LanguageModel
 
@@ -106,6 +109,17 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(name):
     for mine, other in zip(answers(policy, kv, chunk=16), answers(policy, kv)):
         assert mine.token_ids == other.token_ids
         np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-4)
+
+
+def test_a_prompt_is_compressed_when_it_ends_and_not_before():
+    config = EngineConfig(4, 64, KVCache(page_size=PAGE), chunk=16, policy=SMALL["SnapKV"])
+    engine = Engine(model().cfg, model().params, config)
+    engine.add(PROMPTS[0], SamplingParams(max_new_tokens=4))
+    lengths = []
+    for _ in range(4):
+        engine.step()
+        lengths.append(int(engine.cache.groups[0].length[0]))
+    assert lengths == [16, 32, 12, 13]
 
 
 def test_a_policy_goes_with_sampling_and_penalties():
