@@ -225,9 +225,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "Quest" else pytest.mark.slow) for name in POLICIES]
-)
+@pytest.mark.parametrize("name", ["Quest", pytest.param("Pillar", marks=pytest.mark.slow)])
 def test_policies_go_on_from_a_shared_prefix(name):
     """Their arrays of pages come with the pages; what they keep per slot is made at the prompt's end or later."""
     shared, private = (engine(size, "compute", POLICIES[name]) for size in (POOL, None))
@@ -249,6 +247,16 @@ class Remembering(Pillar):
 def test_a_policy_that_must_see_the_whole_prompt_shares_nothing():
     it = engine(POOL, "compute", Remembering(budget=1.0, period=4))
     assert not books(it).sizes.shares and books(engine(POOL)).sizes.shares
+
+
+@pytest.mark.slow
+def test_clusters_are_not_shared_and_survive_swapping():
+    """Tactic clusters a whole prompt; whether it could start from a shared prefix is not shown."""
+    shared, private = (engine(size, "compute", POLICIES["Tactic"]) for size in (POOL, None))
+    assert not books(shared).sizes.shares
+    asked = [([*TOKENS[:18], i, 2 * i], 24) for i in range(4)]
+    same(serve(shared, asked), serve(private, asked))
+    assert shared.suspensions
 
 
 @pytest.mark.slow

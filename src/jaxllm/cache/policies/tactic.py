@@ -82,7 +82,7 @@ class Tactic(Policy):
     Assumptions, where the paper is silent: keys are clustered after RoPE; the width of the windows; the head counts
     with its exact scores in the total, and is always read; the curve is clamped at 0; sinks are left out of clusters
     and fit, and fresh tokens out of the mass; a window's value stands for its mean of 1 / x; soft caps of scores are
-    ignored; what is read has a static bound.
+    ignored; what is read has a bound.
 
     Attributes:
         mass: share of the softmax to read, P (0.9 and 0.75 are the published settings). 1 reads everything.
@@ -93,7 +93,7 @@ class Tactic(Policy):
         width: the windows' width, likewise (assumed).
         refresh: fresh tokens that trigger the next clustering (2,048).
         sinks: first tokens that are always read (assumed).
-        most: static bound of a step's clustered tokens, a fraction of what the view can show (assumed). A union that
+        most: bound of a step's clustered tokens, a fraction of the row's sealed ones (assumed). A union that
             is larger loses its worst clusters, and then holds less than ``mass``.
         seed: of the tokens that clusters start from.
     """
@@ -111,7 +111,6 @@ class Tactic(Policy):
 
     granularity: ClassVar[str] = "token"
     # Clusters are made at the prompt's end.
-    rebuilds: ClassVar[bool] = True
     default_page_size: ClassVar[int | None] = 16
 
     def __post_init__(self) -> None:
@@ -256,7 +255,11 @@ class Tactic(Policy):
         size = N if self.mass == 1 else min(N, self.sinks + part(self.most, N) + self.refresh)
         begin = jnp.maximum(clustered, sinks)
         fresh = jnp.maximum(view.sealed - begin, 0)
-        chosen = jnp.minimum(end[..., -1], jnp.maximum(size - sinks - fresh, 0)[:, None])
+        room = jnp.maximum(size - sinks - fresh, 0)
+        if self.mass < 1:
+            # Of the row's own tokens: the view is as wide as the longest row's needs.
+            room = jnp.minimum(room, jnp.asarray(parts(self.most, N))[jnp.minimum(view.sealed, N)])
+        chosen = jnp.minimum(end[..., -1], room[:, None])
         at = jnp.broadcast_to(jnp.arange(size), (B, K, size))
         rank = at - sinks[:, None, None]
         place = jnp.minimum(_search(end, rank), end.shape[-1] - 1)
