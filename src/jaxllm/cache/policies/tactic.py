@@ -110,7 +110,6 @@ class Tactic(Policy):
     seed: int = 0
 
     granularity: ClassVar[str] = "token"
-    # Clusters are made at the prompt's end.
     default_page_size: ClassVar[int | None] = 16
 
     def __post_init__(self) -> None:
