@@ -56,12 +56,17 @@ def seed() -> int:
 # Of the 65,530 memory maps that Linux allows a process: every compiled program takes some, and past the limit the next
 # one ends the process with a segmentation fault.
 _MANY_MAPS = 20_000
+# Counting them takes milliseconds, so not after every test.
+_EVERY = 5
+_finished = 0
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _few_programs():
-    """Forgets compiled programs between modules when there are many; the persistent cache has them."""
+    """Forgets compiled programs between tests when there are many; the persistent cache has them."""
+    global _finished
     yield
+    _finished += 1
     maps = pathlib.Path("/proc/self/maps")
-    if maps.is_file() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+    if _finished % _EVERY == 0 and maps.is_file() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
