@@ -1,5 +1,6 @@
 """Any calls in any order: every request reads its own tokens on the device, the books are right, nothing leaks."""
 
+import itertools
 import json
 import platform
 import time
@@ -90,7 +91,17 @@ class Machine(RuleBasedStateMachine):
     @rule(branch=st.integers(0, 3), length=st.integers(5, 12), key=keys, stays=st.booleans())
     def serve(self, branch, length, key, stays):
         """A request reads its prompt in pages, publishes as it goes, and may be over then."""
-        slot = self.world.admit(self.prompt(branch, length), key, None)
+        self.served = self.prompt(branch, length), key, stays
+        self.read(*self.served)
+
+    @precondition(lambda self: hasattr(self, "served"))
+    @rule()
+    def serve_again(self):
+        """The prompt that was served last, which finds what is left of it."""
+        self.read(*self.served)
+
+    def read(self, prompt, key, stays):
+        slot = self.world.admit(prompt, key, None)
         if slot is None:
             return
         request = self.world.live[slot]
@@ -156,28 +167,30 @@ class Machine(RuleBasedStateMachine):
                 COUNTED[name] += getattr(self.world, name)
 
 
-def run(operations: int) -> dict[str, int]:
-    """Machines until so many calls of the allocator were made; what happened in them."""
+def run(operations: int, first: int) -> dict[str, int]:
+    """Machines until so many calls of the allocator were made, with seeds from ``first`` on; what happened in them."""
     COUNTED.update(dict.fromkeys(COUNTED, 0))
     phases = [Phase.generate] + [Phase.shrink] * SHRINK
     most = settings(max_examples=60, stateful_step_count=60, deadline=None, database=None, phases=phases)
+    seeds = itertools.count(first)
     while COUNTED["operations"] < operations:
-        run_state_machine_as_test(Machine, settings=most)
+        run_state_machine_as_test(hypothesis.seed(next(seeds))(Machine), settings=most)
     return dict(COUNTED)
 
 
-def test_ten_thousand_operations():
-    counted = run(10_000)
+def test_ten_thousand_operations(seed):
+    counted = run(10_000, seed)
     # The machine reaches what it is about: refusals and shared prefixes are no rarities.
     assert counted["full"] > 100
-    assert counted["shared"] > 100
+    # Over 48 seeds 72 to 1,465 tokens, the median at 450.
+    assert counted["shared"] > 20
 
 
 @pytest.mark.nightly
-def test_a_million_operations():
+def test_a_million_operations(seed):
     """Writes what it did to experiments/results; the command leaves out the checks of types, which double its time."""
     started = time.monotonic()
-    counted = run(1_000_000)
+    counted = run(1_000_000, seed)
     seconds = time.monotonic() - started
     result = {
         "command": COMMAND,
