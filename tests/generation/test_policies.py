@@ -94,11 +94,17 @@ def test_what_a_row_gets_depends_on_nothing_but_itself(name, dtype):
     """Not on its neighbours, their number, the steps of a call, or who waits for a slot."""
     policy, kv = SMALL[name], KVCache(dtype, PAGE)
     together = answers(policy, kv, steps_per_call=7)
+    strangers = answers(policy, kv, [PROMPTS[0], *(p[::-1] for p in PROMPTS[1:])], steps_per_call=7)
+    assert strangers[0].token_ids == together[0].token_ids
+    np.testing.assert_array_equal(strangers[0].logprobs, together[0].logprobs)
     crowded = answers(policy, kv, max_batch=2, steps_per_call=1)
     alone = [answers(policy, kv, [prompt])[0] for prompt in PROMPTS[:2]]
+    # Steps of another width add in another order. A scale of float16 can lie on the edge between two numbers (seen: a
+    # key that differs by 4e-7, 0.26575 stored as 0.2656 or 0.2659, and 4e-4 in a logprob), and so can a code.
+    close = 2e-4 if dtype == "compute" else 5e-3
     for mine, other in [*zip(together, crowded), *zip(together, alone)]:
         assert mine.token_ids == other.token_ids
-        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-4)
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=close)
     if dtype == "compute":
         assert any(mine.token_ids != full.token_ids for mine, full in zip(together, dense()))
 
