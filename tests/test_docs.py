@@ -151,7 +151,7 @@ def test_the_readme_lists_the_commands_there_are():
 
 def test_the_readme_has_the_two_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, last in (("quickstart", ".venv/bin/jaxllm quickstart"), ("tests", ".venv/bin/pytest")):
+    for name, last in (("quickstart", ".venv/bin/jaxllm quickstart"), ("tests", ".venv/bin/pytest -n 2")):
         match = re.search(rf"<!-- command: {name} -->\n```bash\n(.+)\n```", text)
         assert match and match[1].startswith("python3 -m venv .venv && ") and match[1].endswith(last)
 
