@@ -1,12 +1,15 @@
 """Public entry of attention."""
 
-from typing import Any, Literal, overload
+from dataclasses import replace
+from typing import Literal, overload
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_operand_dtype, require_shape
+from pallas_kernels.attention.mask import Marks
+from pallas_kernels.attention.options import Options
 
 _LAYOUTS = {"BTKD": "B, S, K, d", "BKTD": "B, K, S, d"}
 
@@ -25,8 +28,8 @@ def _checked(
     scale,
     kv_layout,
     operand_dtype,
-) -> dict[str, Any]:
-    """The keyword arguments of an implementation, once every argument is as the entries say."""
+) -> tuple[Marks, Options]:
+    """What an implementation is given beside the arrays, once every argument is as the entries say."""
     require(kv_layout in _LAYOUTS, "kv_layout", kv_layout, "'BTKD' or 'BKTD'")
     require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, T, H, d]")
     B, T, H, d = q.shape
@@ -51,18 +54,9 @@ def _checked(
     require(window is None or window >= 1, "window", window, "None or at least 1")
     require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
     require_operand_dtype(operand_dtype)
-    return {
-        "q_positions": q_positions,
-        "kv_positions": kv_positions,
-        "q_segment_ids": q_segment_ids,
-        "kv_segment_ids": kv_segment_ids,
-        "mask": mask,
-        "window": window,
-        "soft_cap": soft_cap,
-        "scale": d**-0.5 if scale is None else scale,
-        "kv_layout": kv_layout,
-        "operand_dtype": operand_dtype,
-    }
+    scale = d**-0.5 if scale is None else scale
+    marks = Marks(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask)
+    return marks, Options(window, soft_cap, scale, kv_layout, operand_dtype)
 
 
 @overload
@@ -162,7 +156,7 @@ def attention(
         ValueError: a shape, ``window``, ``soft_cap``, ``kv_layout``, ``operand_dtype`` or ``implementation`` is
             not as above, or K does not divide H.
     """
-    options = _checked(
+    marks, options = _checked(
         q,
         k,
         v,
@@ -177,9 +171,8 @@ def attention(
         kv_layout,
         operand_dtype,
     )
-    options["return_lse"] = return_lse
-    module = dispatch.choose("attention", implementation, q, k, v, **options)
-    out, lse = module.run(q, k, v, **options)
+    given = (q, k, v, marks, replace(options, return_lse=return_lse))
+    out, lse = dispatch.choose("attention", implementation, *given).run(*given)
     return (out, lse) if return_lse else out
 
 
@@ -226,7 +219,7 @@ def attention_backward(
     Raises:
         ValueError: as :func:`attention`; or ``out``, ``lse``, ``dout`` or ``dlse`` has another shape.
     """
-    options = _checked(
+    marks, options = _checked(
         q,
         k,
         v,
@@ -248,6 +241,6 @@ def attention_backward(
         ("dlse", dlse, "B, T, H"),
     ):
         require_shape(name, array, q.shape[: letters.count(",") + 1], letters)
-    options["return_lse"] = True
-    module = dispatch.choose("attention", implementation, q, k, v, **options)
-    return module.backward(q, k, v, out, lse, dout, dlse, **options)
+    settings = (marks, replace(options, return_lse=True))
+    module = dispatch.choose("attention", implementation, q, k, v, *settings)
+    return module.backward(q, k, v, out, lse, dout, dlse, *settings)

@@ -1,6 +1,5 @@
 """Attention on Hopper GPUs through Mosaic: TMA copies, WGMMA products, bfloat16 operands and float32 softmax."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,40 +9,40 @@ import jax.numpy as jnp
 from pallas_kernels.attention.bits import MOST_KEYS, words
 from pallas_kernels.attention.blocks import NO_KEY, NO_QUERY, Places, whole
 from pallas_kernels.attention.common import CONSUMERS, ROWS, statistics
+from pallas_kernels.attention.mask import Marks
 from pallas_kernels.attention.mosaic_forward import forward
 from pallas_kernels.attention.mosaic_key_gradients import key_gradients
 from pallas_kernels.attention.mosaic_query_gradient import query_gradient
+from pallas_kernels.attention.options import Options
 from pallas_kernels.attention.tiles import DEFAULTS, Tiles
 from pallas_kernels.tiles import tiles
 
 REASON = "warp-specialised TMA and WGMMA kernels of our own, blocks that no query sees left out"
 
 
-def supports(q, k, v, *, mask, scale, operand_dtype, **_options) -> str | None:
+def supports(q, k, _v, marks: Marks, options: Options) -> str | None:
     d = q.shape[3]
     if d not in DEFAULTS:
         return f"head dimension {d} is none of {', '.join(map(str, DEFAULTS))}"
-    dtype = jnp.dtype(k.dtype if operand_dtype is None else operand_dtype)
+    dtype = jnp.dtype(k.dtype if options.operand_dtype is None else options.operand_dtype)
     if dtype != jnp.bfloat16:
         return f"operands are bfloat16, not {dtype.name}"
-    if mask is not None and mask.shape[2] > MOST_KEYS:
-        return f"it takes a mask of at most {MOST_KEYS} keys, not {mask.shape[2]}"
-    if not scale > 0:
-        return f"scale={scale!r} is not positive"
+    if marks.mask is not None and marks.mask.shape[2] > MOST_KEYS:
+        return f"it takes a mask of at most {MOST_KEYS} keys, not {marks.mask.shape[2]}"
+    if not options.scale > 0:
+        return f"scale={options.scale!r} is not positive"
     return None
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What is known when a call is traced."""
-
-    window: int | None
-    soft_cap: float | None
-    scale: float
-    kv_layout: str
-
-    def options(self, d: int) -> dict[str, Any]:
-        return {**vars(self), "tiles": tiles("attention", f"d{d}", DEFAULTS[d])}
+def _launch(options: Options, d: int) -> dict[str, Any]:
+    """What every kernel is told."""
+    return {
+        "window": options.window,
+        "soft_cap": options.soft_cap,
+        "scale": options.scale,
+        "kv_layout": options.kv_layout,
+        "tiles": tiles("attention", f"d{d}", DEFAULTS[d]),
+    }
 
 
 def _places(q_side: Any, block_q: int, kv_side: Any, block_kv: int) -> tuple[Places, Places]:
@@ -53,95 +52,54 @@ def _places(q_side: Any, block_q: int, kv_side: Any, block_kv: int) -> tuple[Pla
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, q_side, kv_side, call):
+def _attend(q, k, v, q_side, kv_side, options):
     """Output [B, T, H, d] and lse [B, T, H] of bfloat16 operands; sides: (segment ids, positions, words or None)."""
-    options = call.options(q.shape[3])
-    own: Tiles = options["tiles"]
+    launch = _launch(options, q.shape[3])
+    own: Tiles = launch["tiles"]
     queries, keys = _places(q_side, CONSUMERS * ROWS, kv_side, own.block_kv)
-    out, lse = forward(q, k, v, queries, keys, **options)
+    out, lse = forward(q, k, v, queries, keys, **launch)
     return out, lse.swapaxes(1, 2)
 
 
-def _gradients(q, k, v, q_side, kv_side, out, lse, dout, dlse, call):
+def _gradients(q, k, v, q_side, kv_side, out, lse, dout, dlse, options):
     """dQ, dK and dV in bfloat16."""
-    options = call.options(q.shape[3])
-    own: Tiles = options["tiles"]
+    launch = _launch(options, q.shape[3])
+    own: Tiles = launch["tiles"]
     stats = statistics(out, lse, dout, dlse)
     operands = (q, k, v, dout.astype(q.dtype), stats)
     queries, keys = _places(q_side, CONSUMERS * ROWS, kv_side, own.dq_block_kv)
-    dq = query_gradient(*operands, queries, keys, **options)
+    dq = query_gradient(*operands, queries, keys, **launch)
     queries, keys = _places(q_side, own.dkv_block_q, kv_side, CONSUMERS * ROWS)
-    return dq, *key_gradients(*operands, queries, keys, **options)
+    return dq, *key_gradients(*operands, queries, keys, **launch)
 
 
-def _attend_fwd(q, k, v, q_side, kv_side, call):
-    outputs: Any = _attend(q, k, v, q_side, kv_side, call)
+def _attend_fwd(q, k, v, q_side, kv_side, options):
+    outputs: Any = _attend(q, k, v, q_side, kv_side, options)
     return outputs, (q, k, v, q_side, kv_side, *outputs)
 
 
-def _attend_bwd(call, residuals, cotangents):
+def _attend_bwd(options, residuals, cotangents):
     q, k, v, q_side, kv_side, out, lse = residuals
     dout, dlse = cotangents
-    return *_gradients(q, k, v, q_side, kv_side, out, lse, dout, dlse, call), None, None
+    return *_gradients(q, k, v, q_side, kv_side, out, lse, dout, dlse, options), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask):
-    held, owned = (None, None) if mask is None else words(mask)
-    return (q_segment_ids, q_positions, held), (kv_segment_ids, kv_positions, owned)
+def _sides(marks: Marks):
+    held, owned = (None, None) if marks.mask is None else words(marks.mask)
+    return (marks.q_segment_ids, marks.q_positions, held), (marks.kv_segment_ids, marks.kv_positions, owned)
 
 
-def run(
-    q,
-    k,
-    v,
-    *,
-    q_positions,
-    kv_positions,
-    q_segment_ids,
-    kv_segment_ids,
-    mask,
-    window,
-    soft_cap,
-    scale,
-    kv_layout,
-    operand_dtype,
-    return_lse,
-):
-    del operand_dtype, return_lse
-    sides = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask)
+def run(q, k, v, marks: Marks, options: Options):
     narrow = (w.astype(jnp.bfloat16) for w in (q, k, v))
-    outputs: Any = _attend(*narrow, *sides, _Call(window, soft_cap, scale, kv_layout))
+    outputs: Any = _attend(*narrow, *_sides(marks), options)
     out, lse = outputs
     return out.astype(q.dtype), lse
 
 
-def backward(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dout,
-    dlse,
-    *,
-    q_positions,
-    kv_positions,
-    q_segment_ids,
-    kv_segment_ids,
-    mask,
-    window,
-    soft_cap,
-    scale,
-    kv_layout,
-    operand_dtype,
-    return_lse,
-):
-    del operand_dtype, return_lse
-    q_side, kv_side = _sides(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask)
-    call = _Call(window, soft_cap, scale, kv_layout)
+def backward(q, k, v, out, lse, dout, dlse, marks: Marks, options: Options):
     one, two, three = (w.astype(jnp.bfloat16) for w in (q, k, v))
-    grads = _gradients(one, two, three, q_side, kv_side, out, lse, dout, dlse, call)
+    grads = _gradients(one, two, three, *_sides(marks), out, lse, dout, dlse, options)
     return tuple(g.astype(w.dtype) for g, w in zip(grads, (q, k, v), strict=True))

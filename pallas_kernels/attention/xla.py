@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.mask import visible
+from pallas_kernels.attention.mask import Marks, visible
+from pallas_kernels.attention.options import Options
 from pallas_kernels.materialise import hold
 from pallas_kernels.precision import contract
 
@@ -28,7 +29,7 @@ def _masked(scores, seen, soft_cap):
 def _seen(q_places, kv_places, window):
     """bool[B, t, S]; q_places: (positions, ids, mask or None) of the queries, kv_places: (positions, ids)."""
     positions, ids, mask = q_places
-    return visible(positions, kv_places[0], ids, kv_places[1], window, mask)
+    return visible(Marks(positions, kv_places[0], ids, kv_places[1], mask), window)
 
 
 def _softmax(scores):
@@ -165,71 +166,39 @@ def _attend_bwd(window, soft_cap, dtype, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def run(
-    q,
-    k,
-    v,
-    *,
-    q_positions,
-    kv_positions,
-    q_segment_ids,
-    kv_segment_ids,
-    mask,
-    window,
-    soft_cap,
-    scale,
-    kv_layout,
-    operand_dtype,
-    return_lse,
-):
-    del return_lse  # it is there anyway, and a caller that drops it costs nothing
+def _sides(marks: Marks):
+    """What :func:`_seen` takes."""
+    return (marks.q_positions, marks.q_segment_ids, marks.mask), (marks.kv_positions, marks.kv_segment_ids)
+
+
+def run(q, k, v, marks: Marks, options: Options):
     # Rounding a whole cache would cost more than the products of one token.
-    dtype = jnp.dtype(k.dtype if q.shape[1] == 1 or operand_dtype is None else operand_dtype)
-    scaled = q.astype(jnp.float32) * scale
-    q_places, kv_places = (q_positions, q_segment_ids, mask), (kv_positions, kv_segment_ids)
+    asked = None if q.shape[1] == 1 else options.operand_dtype
+    dtype = jnp.dtype(k.dtype if asked is None else asked)
+    scaled = q.astype(jnp.float32) * options.scale
+    given = (*_sides(marks), options.window, options.soft_cap)
     if q.shape[1] == 1:
-        out, lse = _one_token(scaled, k, v, q_places, kv_places, window, soft_cap, kv_layout, dtype)
+        out, lse = _one_token(scaled, k, v, *given, options.kv_layout, dtype)
     else:
-        if kv_layout == "BTKD":
+        if options.kv_layout == "BTKD":
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        outputs: Any = _attend(scaled, k, v, q_places, kv_places, window, soft_cap, dtype)
+        outputs: Any = _attend(scaled, k, v, *given, dtype)
         out, lse = outputs
     return out.astype(q.dtype), lse
 
 
-def backward(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dout,
-    dlse,
-    *,
-    q_positions,
-    kv_positions,
-    q_segment_ids,
-    kv_segment_ids,
-    mask,
-    window,
-    soft_cap,
-    scale,
-    kv_layout,
-    operand_dtype,
-    return_lse,
-):
-    del return_lse
-    dtype = jnp.dtype(k.dtype if operand_dtype is None else operand_dtype)
-    if kv_layout == "BTKD":
+def backward(q, k, v, out, lse, dout, dlse, marks: Marks, options: Options):
+    dtype = jnp.dtype(k.dtype if options.operand_dtype is None else options.operand_dtype)
+    if options.kv_layout == "BTKD":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    q_places, kv_places = (q_positions, q_segment_ids, mask), (kv_positions, kv_segment_ids)
-    scaled = q.astype(jnp.float32) * scale
+    q_places, kv_places = _sides(marks)
+    scaled = q.astype(jnp.float32) * options.scale
     queries, keys, values, places = _operands(scaled, k, v, q_places, dtype)
     kept = tuple(_blocked(w.astype(jnp.float32), k.shape[1]) for w in (out, lse))
     like = tuple(jnp.zeros((0,), w.dtype) for w in (scaled, k, v))
     dlse = jnp.zeros_like(lse) if dlse is None else dlse
     residuals = (queries, keys, values, places, kv_places, *kept, like)
-    dq, dk, dv, _, _ = _attend_bwd(window, soft_cap, dtype, residuals, (dout, dlse))
-    if kv_layout == "BTKD":
+    dq, dk, dv, _, _ = _attend_bwd(options.window, options.soft_cap, dtype, residuals, (dout, dlse))
+    if options.kv_layout == "BTKD":
         dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-    return (dq * scale).astype(q.dtype), dk, dv
+    return (dq * options.scale).astype(q.dtype), dk, dv

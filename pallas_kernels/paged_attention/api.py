@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_operand_dtype, require_shape
 from pallas_kernels.paged_attention.checks import check_values
+from pallas_kernels.paged_attention.options import Options, Reads
 from pallas_kernels.paged_attention.quantized import QuantizedPages
 
 _MOST_QUERIES = 64
@@ -168,19 +169,8 @@ def paged_attention(
     require_operand_dtype(operand_dtype)
     if debug:
         check_values(shape, table, logical, count, granularity, kv_len, tail)
-    options = {
-        "table": table,
-        "logical": logical,
-        "count": count,
-        "granularity": granularity,
-        "kv_len": kv_len,
-        "q_positions": q_positions,
-        "tail": tail,
-        "window": window,
-        "soft_cap": soft_cap,
-        "scale": d**-0.5 if scale is None else scale,
-        "operand_dtype": operand_dtype,
-        "return_mass": return_mass,
-    }
-    module = dispatch.choose("paged_attention", implementation, q, k_pages, v_pages, **options)
-    return PagedOutput(*module.run(q, k_pages, v_pages, **options))
+    reads = Reads(table, logical, count, kv_len, q_positions, tail)
+    factor: float = d**-0.5 if scale is None else scale
+    options = Options(granularity, window, soft_cap, factor, operand_dtype, return_mass)
+    given = (q, k_pages, v_pages, reads, options)
+    return PagedOutput(*dispatch.choose("paged_attention", implementation, *given).run(*given))

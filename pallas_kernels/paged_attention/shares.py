@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.merge import merge
 from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.options import Options, Reads
 from pallas_kernels.paged_attention.pools import Pool
 
 _MULTIPROCESSORS = 132
@@ -60,22 +61,28 @@ def combined(out, lse):
     return jnp.concatenate(list(mean), axis=-1), peak[:, :, 0] + jnp.log(total)
 
 
-def finished(q, K, out, lse, *, mass_of, q_positions, tail, window, soft_cap, scale):
+def of_scores(options: Options):
+    """What a kernel is told of the scores."""
+    return {"scale": options.scale, "soft_cap": options.soft_cap, "window": options.window}
+
+
+def finished(q, K, out, lse, reads: Reads, options: Options, mass_of):
     """What ``paged_attention`` returns, from the shares ``out`` and ``lse`` of a kernel.
 
     ``mass_of`` gives, from the final finite log-sum-exps f32[B, K, W * G], the sums f32[B, K, n, p] of the sealed keys'
-    probabilities over the query rows; None where no mass is wanted.
+    probabilities over the query rows; it is asked where mass is wanted.
     """
     B, W, H, _ = q.shape
     live = W * (H // K)
     out, lse = combined(out[..., :live, :], lse[..., :live])
-    part = None
-    if tail is not None:
-        rows = xla.grouped_rows(q, K, scale)
-        part = xla.tail_part(rows, tail, q_positions, window, soft_cap, jnp.dtype(jnp.bfloat16))
+    part, q_positions = None, reads.q_positions
+    if reads.tail is not None:
+        rows = xla.grouped_rows(q, K, options.scale)
+        narrow = jnp.dtype(jnp.bfloat16)
+        part = xla.tail_part(rows, reads.tail, q_positions, options.window, options.soft_cap, narrow)
         out, lse = merge((out, lse), part[:2])
     mass = None
-    if mass_of is not None:
+    if options.return_mass:
         share = xla.mean_share(q_positions, H // K)
         sealed = mass_of(jnp.where(lse == -jnp.inf, 0, lse)) * share[..., None]
         mass = (sealed, jnp.zeros((B, K, 0)) if part is None else xla.mean_mass(part[2], part[1], lse, share))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.paged_attention import pools, shares
+from pallas_kernels.paged_attention.options import Options, Reads
 from pallas_kernels.paged_attention.quantized import QuantizedPages
 from pallas_kernels.paged_attention.selection import indices
 from pallas_kernels.paged_attention.triton_kernel import Entries, launch
@@ -29,10 +30,10 @@ class Tiles:
         return [Tiles(*each) for each in every]
 
 
-def supports(q, k_pages, v_pages, *, granularity, operand_dtype, **_options) -> str | None:
-    if granularity != "token":
+def supports(q, k_pages, v_pages, _reads: Reads, options: Options) -> str | None:
+    if options.granularity != "token":
         return "it gathers single tokens, not whole pages"
-    refusal = pools.refusal(q, k_pages, v_pages, operand_dtype, (64, 128, 256))
+    refusal = pools.refusal(q, k_pages, v_pages, options.operand_dtype, (64, 128, 256))
     if refusal is not None:
         return refusal
     codes = k_pages.codes.size if isinstance(k_pages, QuantizedPages) else 0
@@ -41,34 +42,17 @@ def supports(q, k_pages, v_pages, *, granularity, operand_dtype, **_options) -> 
     return None
 
 
-def run(
-    q,
-    k_pages,
-    v_pages,
-    *,
-    table,
-    logical,
-    count,
-    granularity,
-    kv_len,
-    q_positions,
-    tail,
-    window,
-    soft_cap,
-    scale,
-    operand_dtype,
-    return_mass,
-):
-    del operand_dtype
+def run(q, k_pages, v_pages, reads: Reads, options: Options):
     B, _, H, d = q.shape
     P, K, page, _ = k_pages.shape
+    table, count, q_positions = reads.table, reads.count, reads.q_positions
     n = table.shape[2]
     keys, values = pools.pool(k_pages, d), pools.pool(v_pages, d)
     kind = "bfloat16" if keys.bits == 16 else f"{keys.bits} bits by {keys.kind}"
     config = tiles.tiles("paged_attention", f"d{d} tokens {kind}", Tiles())
     steps = -(-n // config.tile)
-    tokens = indices(table.shape, page, logical, count, granularity)[..., 0]
-    tokens = jnp.where(tokens < kv_len[..., None], tokens, -1)
+    tokens = indices(table.shape, page, reads.logical, count, options.granularity)[..., 0]
+    tokens = jnp.where(tokens < reads.kv_len[..., None], tokens, -1)
     row = (jnp.clip(table, 0, P - 1) * K + jnp.arange(K)[:, None]) * page + jnp.maximum(tokens, 0) % page
     used = jnp.full((B, K), n, jnp.int32) if count is None else jnp.clip(count, 0, n)
     entries = Entries(
@@ -82,7 +66,6 @@ def run(
     block = next(size for size in (16, 32, 64) if size >= min(live, 64))
     m = -(-live // block) * block
     queries, sums = shares.operands(shares.padded(rows, m, 2), keys)
-    options = {"scale": scale, "soft_cap": soft_cap, "window": window}
     given = (queries, sums, shares.padded(positions, m, 1, -1), entries)
     sizes = {
         "block": block,
@@ -91,12 +74,12 @@ def run(
         "warps": config.warps,
         "stages": config.stages,
     }
-    out, lse = launch(*given, keys, values, None, **sizes, **options)
+    scores = shares.of_scores(options)
+    out, lse = launch(*given, keys, values, None, **sizes, **scores)
 
     def mass_of(lse):
-        found = launch(*given, keys, None, shares.padded(lse, m, 2), **sizes, **options).sum(axis=2)
+        found = launch(*given, keys, None, shares.padded(lse, m, 2), **sizes, **scores).sum(axis=2)
         written = jnp.arange(found.shape[2]) < entries.spans * config.tile
         return jnp.where(written, found, 0)[..., :n, None]
 
-    kept = {"q_positions": q_positions, "tail": tail, **options}
-    return shares.finished(q, K, out, lse, mass_of=mass_of if return_mass else None, **kept)
+    return shares.finished(q, K, out, lse, reads, options, mass_of)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention.merge import merge
 from pallas_kernels.materialise import hold
 from pallas_kernels.paged_attention.operands import bits, floats, mixture, scores, silence
+from pallas_kernels.paged_attention.options import Options, Reads
 from pallas_kernels.paged_attention.quantized import QuantizedPages
 from pallas_kernels.paged_attention.selection import indices, seen_sealed, seen_tail
 
@@ -134,32 +135,17 @@ def mean_mass(weights, own, lse, share):
     return jnp.einsum("bkms,bkm->bks", weights, jnp.exp(own - total)) * share
 
 
-def run(
-    q,
-    k_pages,
-    v_pages,
-    *,
-    table,
-    logical,
-    count,
-    granularity,
-    kv_len,
-    q_positions,
-    tail,
-    window,
-    soft_cap,
-    scale,
-    operand_dtype,
-    return_mass,
-):
+def run(q, k_pages, v_pages, reads: Reads, options: Options):
     B, W, H, _ = q.shape
     P, K, page, _ = k_pages.shape
     kept = q.dtype if isinstance(k_pages, QuantizedPages) else k_pages.dtype
-    dtype = jnp.dtype(kept if operand_dtype is None else operand_dtype)
-    rows = grouped_rows(q, K, scale)
+    dtype = jnp.dtype(kept if options.operand_dtype is None else options.operand_dtype)
+    rows = grouped_rows(q, K, options.scale)
+    table, tail, q_positions = reads.table, reads.tail, reads.q_positions
+    window, soft_cap, granularity = options.window, options.soft_cap, options.granularity
     shape = (B, K, P // B) if table is None else table.shape
-    tokens = indices(shape, page, logical, count, granularity)
-    seen = seen_sealed(tokens.reshape(B, K, -1), kv_len, q_positions, window)
+    tokens = indices(shape, page, reads.logical, reads.count, granularity)
+    seen = seen_sealed(tokens.reshape(B, K, -1), reads.kv_len, q_positions, window)
     if table is None:
         # Products with single pages are small: many rows repay one copy that puts each head's pages together.
         keys, values = (_in_place(pool, B, rows.shape[2] > page) for pool in (k_pages, v_pages))
@@ -173,7 +159,7 @@ def run(
         parts.append(part[1:])
         out, lse = merge((out, lse), part[:2])
     mass = None
-    if return_mass:
+    if options.return_mass:
         share = mean_share(q_positions, H // K)
         means = [mean_mass(weights, own, lse, share) for own, weights in parts]
         mass = (means[0].reshape(tokens.shape), means[1] if tail is not None else jnp.zeros((B, K, 0)))

@@ -11,7 +11,7 @@ from pallas_kernels import compat
 from pallas_kernels.attention import attention, attention_backward, bits, common, mosaic_gpu
 from pallas_kernels.attention.blocks import NO_KEY, NO_QUERY, visits, whole
 from pallas_kernels.attention.cases import CASES, GRADIENTS, case, packed, tree_case
-from pallas_kernels.attention.mask import visible
+from pallas_kernels.attention.mask import Marks, visible
 from pallas_kernels.attention.tiles import DEFAULTS, Tiles
 from pallas_kernels.proof import interpret, lowering, numerics
 from tests.kernels.kernel_cases import close
@@ -128,7 +128,7 @@ def test_the_blocks_left_out_hold_nothing_visible_and_the_free_ones_everything(w
     if ordered:
         ids, positions = [np.sort(w) for w in ids], [np.sort(w) for w in positions]
     ids, positions = ([jnp.asarray(w)[None] for w in pair] for pair in (ids, positions))
-    seen = np.asarray(visible(positions[0], positions[1], ids[0], ids[1], window, None))[0]
+    seen = np.asarray(visible(Marks(*positions, *ids), window))[0]
     padded = np.zeros((20, 30), bool)
     padded[:T, :S] = seen
     blocks = padded.reshape(5, block_q, 5, block_kv).swapaxes(1, 2)

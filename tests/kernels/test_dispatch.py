@@ -1,5 +1,7 @@
 """Dispatch by device, record and call; the rounded contractions."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,19 +9,16 @@ import pytest
 
 from pallas_kernels import compat, dispatch, records
 from pallas_kernels.attention import attention, cudnn, xla
+from pallas_kernels.attention.mask import Marks
+from pallas_kernels.attention.options import Options
 from pallas_kernels.precision import contract
 from pallas_kernels.proof import lowering
 from pallas_kernels.target import Target, target
 from tests.kernels.kernel_cases import close, normal
 
 H200 = Target("cuda", "NVIDIA H200", (9, 0))
-CALL = {
-    "window": None,
-    "soft_cap": None,
-    "kv_layout": "BTKD",
-    "operand_dtype": None,
-    "return_lse": False,
-}
+OPTIONS = Options(window=None, soft_cap=None, scale=1.0, kv_layout="BTKD", operand_dtype=None)
+CALL = (Marks(None, None, None, None), OPTIONS)
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_a_whole_call_is_told_what_each_op_shall_take():
         with dispatch.naming({"ssd": "xla", "attention": "cudnn"}):
             assert dispatch.choose("ssd", "auto") is xla
             with pytest.raises(ValueError, match="cudnn: it needs an NVIDIA GPU, not cpu"):
-                dispatch.choose("attention", "auto", *shapes, **CALL)
+                dispatch.choose("attention", "auto", *shapes, *CALL)
         assert dispatch.choose("ssd", "auto") is reference
     assert dispatch.choose("ssd", "auto") is xla
     for wrong, message in (({"scan": "xla"}, "op='scan'"), ({"ssd": "cudnn"}, "'xla', 'reference' for ssd")):
@@ -93,16 +92,16 @@ def test_a_jitted_call_is_traced_anew_under_another_name():
 
 
 def test_auto_takes_what_is_verified_on_this_device_with_these_sources(h200, monkeypatch):
-    assert dispatch.choose("attention", "auto", *queries(), **CALL) is xla
+    assert dispatch.choose("attention", "auto", *queries(), *CALL) is xla
     # Named, it needs no record.
-    assert dispatch.choose("attention", "cudnn", *queries(), **CALL) is cudnn
+    assert dispatch.choose("attention", "cudnn", *queries(), *CALL) is cudnn
     records.write(h200, H200.kind, {"attention": {"cudnn": 3}})
-    assert dispatch.choose("attention", "auto", *queries(), **CALL) is cudnn
-    assert dispatch.choose("attention", "auto", *queries(), **{**CALL, "soft_cap": 30.0}) is xla
+    assert dispatch.choose("attention", "auto", *queries(), *CALL) is cudnn
+    assert dispatch.choose("attention", "auto", *queries(), CALL[0], replace(OPTIONS, soft_cap=30.0)) is xla
     with compat.abstract_device("NVIDIA H100", "cuda"):
-        assert dispatch.choose("attention", "auto", *queries(), **CALL) is xla
+        assert dispatch.choose("attention", "auto", *queries(), *CALL) is xla
     monkeypatch.setattr(records, "sources", lambda op: "other")
-    assert dispatch.choose("attention", "auto", *queries(), **CALL) is xla
+    assert dispatch.choose("attention", "auto", *queries(), *CALL) is xla
     assert (
         records.verified("attention", "cudnn", H200.kind) == "its sources have changed since it was verified"
     )
@@ -161,10 +160,10 @@ def test_a_named_implementation_that_cannot_run_here_is_an_error():
     ],
 )
 def test_cudnn_takes_only_what_it_computes_exactly(arrays, change, reason):
-    found = cudnn.supports(*arrays, **{**CALL, **change})
+    found = cudnn.supports(*arrays, CALL[0], replace(OPTIONS, **change))
     assert found is None if reason is None else reason in str(found)
     big = tuple(jax.ShapeDtypeStruct((1, 2**15, 4, 64), jnp.bfloat16) for _ in range(3))
-    assert "cost more" in str(cudnn.supports(*big, **CALL))
+    assert "cost more" in str(cudnn.supports(*big, *CALL))
 
 
 def test_a_trace_knows_its_device():
