@@ -1,6 +1,6 @@
 """Tables of README.md, docs/ and pallas_kernels/README.md from the JSON in experiments/results/; no figure is typed by hand.
 
-Command: ``python experiments/render_tables.py`` (``--check`` changes nothing and exits with 1 where a table is stale).
+Command: ``python -m experiments.render_tables`` (``--check`` changes nothing and exits with 1 where a table is stale).
 A table stands between ``<!-- table: KIND FILE -->`` and ``<!-- end of table -->``; FILE is under experiments/results/.
 """
 
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from experiments import _op_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -227,6 +229,19 @@ def kernels_aot(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=range(4, 9))}\nCompiled for {where}.{absent}\n"
 
 
+def kernel_ops(data: dict[str, Any]) -> str:
+    """Every op of pallas_kernels and its kernels, with what bench/kernels_aot.py wrote of them."""
+    header = (
+        "op",
+        "what it is",
+        "through",
+        "beside the kernel XLA does",
+        "compiled for sm_90a",
+        "verified on",
+    )
+    return markdown(header, _op_table.rows(data))
+
+
 def convert_memory(data: dict[str, Any]) -> str:
     """What bench/convert_memory.py wrote, in MiB above an idle interpreter."""
     mib = lambda size: number(size / 2**20, 0)  # noqa: E731
@@ -277,6 +292,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compile_time": compile_time,
     "moe": moe,
     "kernels_aot": kernels_aot,
+    "kernel_ops": kernel_ops,
     "kernels_torch": kernels_torch,
     "convert_memory": convert_memory,
     "decode": decode,

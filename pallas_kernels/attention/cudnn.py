@@ -11,6 +11,7 @@ from pallas_kernels.attention.mask import Marks, visible
 from pallas_kernels.attention.options import Options
 
 REASON = "cuDNN's fused attention, with the visible keys as a mask"
+BESIDE = "the mask, written out"
 
 # Elements of the mask, which cuDNN reads as a bias of two bytes each.
 MOST_MASK = 2**28

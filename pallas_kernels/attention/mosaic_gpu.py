@@ -18,6 +18,9 @@ from pallas_kernels.attention.tiles import DEFAULTS, Tiles
 from pallas_kernels.tiles import tiles
 
 REASON = "warp-specialised TMA and WGMMA kernels of our own, blocks that no query sees left out"
+BESIDE = (
+    "nothing but casts, paddings and the sums of the backward pass over channels: no product, sort or gather"
+)
 
 
 def supports(q, k, _v, marks: Marks, options: Options) -> str | None:

@@ -11,6 +11,7 @@ from pallas_kernels.paged_attention.quantized import QuantizedPages
 from pallas_kernels.paged_attention.selection import indices
 
 REASON = "pages by TMA and warpgroup matrix products on Hopper, split over the keys"
+BESIDE = "the two products with the open tail (three with mass) and the merge of the shares"
 
 # Channels that one operand may have: more are too many registers at once.
 _WIDEST = 128

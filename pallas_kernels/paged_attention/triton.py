@@ -12,6 +12,7 @@ from pallas_kernels.paged_attention.selection import indices
 from pallas_kernels.paged_attention.triton_kernel import Entries, launch
 
 REASON = "rows of single tokens gathered by Triton, split over the keys"
+BESIDE = "the two products with the open tail (three with mass) and the merge of the shares"
 
 
 @dataclass(frozen=True)
