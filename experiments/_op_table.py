@@ -20,9 +20,11 @@ def _compiled(results: list[dict[str, Any]]) -> str:
     kernels = [kernel for result in results for kernel in result["kernels"]]
     failed = sum(result["error"] is not None for result in results)
     cases = len({result["case"] for result in results})
-    spilled = max((kernel["spill_bytes"] or 0 for kernel in kernels), default=0)
-    registers = max((kernel["registers"] for kernel in kernels), default=0)
-    text = f"{cases} cases, at most {registers} registers, {spilled} B spilled"
+    text = f"{cases} cases"
+    # Of Triton's kernels the compiler tells only what ptxas says of the dumped PTX, where it can be dumped.
+    for name, unit in (("registers", "registers"), ("spill_bytes", "B spilled")):
+        known = [kernel[name] for kernel in kernels if kernel[name] is not None]
+        text += f", at most {max(known)} {unit}" if known else f", {unit} not known"
     return text if not failed else f"{text}, {failed} do not compile"
 
 
