@@ -1,0 +1,27 @@
+"""Context parallelism: packed documents cut into blocks that any worker may hold."""
+
+from parallel.context.arrays import DIAGONAL, FULL, SEGMENT, Capacity, PlanArrays
+from parallel.context.layout import Layout, layout
+from parallel.context.lengths import DISTRIBUTIONS, draw_lengths
+from parallel.context.placement import STRATEGIES, Strategy
+from parallel.context.plan import Balance, Plan, PlanConfig, make_plan
+from parallel.context.rounds import Links
+
+__all__ = [
+    "DIAGONAL",
+    "DISTRIBUTIONS",
+    "FULL",
+    "SEGMENT",
+    "STRATEGIES",
+    "Balance",
+    "Capacity",
+    "Layout",
+    "Links",
+    "Plan",
+    "PlanArrays",
+    "PlanConfig",
+    "Strategy",
+    "draw_lengths",
+    "layout",
+    "make_plan",
+]

@@ -1,0 +1,192 @@
+"""The arrays of a plan: what a compiled program reads, and the shapes that it is compiled for."""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel.context.blocks import Blocks
+from parallel.context.placement import Placement
+from parallel.context.rounds import Transfers
+
+# Kinds of work: every key is visible; keys of the query's document are; keys of its document up to its position are.
+FULL, SEGMENT, DIAGONAL = range(3)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Shapes of a plan's arrays; plans of equal capacity run in the same compiled program.
+
+    Attributes:
+        workers: N.
+        block: tokens of a slot.
+        slots: S, slots of a worker.
+        pieces: P, blocks of a worker; short ones share slots.
+        stages: stages of communication.
+        stage_rounds: rounds of each; a worker has as many slots for what it receives.
+        work: W, entries of a worker's list of work.
+    """
+
+    workers: int
+    block: int
+    slots: int
+    pieces: int
+    stages: int
+    stage_rounds: int
+    work: int
+
+    @property
+    def rounds(self) -> int:
+        """R, rounds of all stages."""
+        return self.stages * self.stage_rounds
+
+    def enlarged(self, other: "Capacity") -> "Capacity":
+        """The smallest capacity that holds the plans of both.
+
+        Raises:
+            ValueError: they differ in workers, block or stage_rounds.
+        """
+        for name in ("workers", "block", "stage_rounds"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"capacity {name}={getattr(other, name)}: must be the plan's {getattr(self, name)}"
+                )
+        return Capacity(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+
+class PlanArrays(NamedTuple):
+    """What the compiled program reads; -1 fills what a plan does not use, but for ``length`` and ``work_start``.
+
+    Leading axes are workers, except in ``order``. Keys and values of a worker are addressed by one number: slot s as s,
+    and what round r brings as S + r % stage_rounds, until the next stage overwrites it.
+
+    Attributes:
+        slot: i32[N, P], the slot of each block of a worker.
+        offset: i32[N, P], its first token there. Documents' tails come first in a slot.
+        length: i32[N, P], its tokens; 0 where there is none.
+        document: i32[N, P].
+        position: i32[N, P], its first token in the document.
+        start: i32[N, P], its first token in the concatenation of all documents.
+        previous: i32[N, P], the block before it in its document, as worker * P + column; -1 at a document's begin.
+        order: i32[N * P], all blocks in the order of documents, as worker * P + column.
+        send_slot: i32[N, R], the slot that a worker sends in a round.
+        send_to: i32[N, R].
+        receive_from: i32[N, R].
+        work: i32[N, W, 3], (query slot, number of the keys, kind), by stage, then query slot.
+        work_start: i32[N, stages + 2]: entries [t] to [t + 1] need what stages up to t have brought, t = 0 nothing.
+    """
+
+    slot: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    document: np.ndarray
+    position: np.ndarray
+    start: np.ndarray
+    previous: np.ndarray
+    order: np.ndarray
+    send_slot: np.ndarray
+    send_to: np.ndarray
+    receive_from: np.ndarray
+    work: np.ndarray
+    work_start: np.ndarray
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Where in its worker each block sits.
+
+    Attributes:
+        slot: i64[K].
+        offset: i64[K], its first token in the slot.
+        column: i64[K], its number among the worker's blocks.
+    """
+
+    slot: np.ndarray
+    offset: np.ndarray
+    column: np.ndarray
+
+
+def seats_of(blocks: Blocks, placement: Placement) -> Seats:
+    """Slots in the order of the placement's groups; in a slot documents' tails first, whole documents after them."""
+    worker, group = placement.worker, placement.group
+    key, at = np.unique(worker * (group.max() + 1) + group, return_inverse=True)
+    owner = key // (group.max() + 1)
+    slot = (np.arange(len(key)) - np.searchsorted(owner, owner))[at]
+    order = np.lexsort((np.arange(len(blocks)), blocks.index == 0, slot, worker))
+    length, seat = blocks.length[order], at[order]
+    before = np.cumsum(length) - length
+    offset, column = np.zeros_like(slot), np.zeros_like(slot)
+    offset[order] = before - before[np.searchsorted(seat, seat)]
+    column[order] = np.arange(len(order)) - np.searchsorted(worker[order], worker[order])
+    return Seats(slot, offset, column)
+
+
+def block_arrays(
+    capacity: Capacity, blocks: Blocks, placement: Placement, seats: Seats
+) -> dict[str, np.ndarray]:
+    """Fields ``slot`` to ``order`` of :class:`PlanArrays`."""
+    shape = (capacity.workers, capacity.pieces)
+    place_of = placement.worker * capacity.pieces + seats.column
+    previous = np.where(blocks.index > 0, np.roll(place_of, 1), -1)
+    values = {
+        "slot": seats.slot,
+        "offset": seats.offset,
+        "length": blocks.length,
+        "document": blocks.document,
+        "position": blocks.index * blocks.size,
+        "start": blocks.start,
+        "previous": previous,
+    }
+    made = {}
+    for name, value in values.items():
+        filled = np.full(shape, 0 if name == "length" else -1, np.int32)
+        filled.reshape(-1)[place_of] = value
+        made[name] = filled
+    made["order"] = np.full(capacity.workers * capacity.pieces, -1, np.int32)
+    made["order"][: len(blocks)] = place_of
+    return made
+
+
+def round_arrays(
+    capacity: Capacity, moves: Transfers, rounds: np.ndarray, seats: Seats
+) -> dict[str, np.ndarray]:
+    """Fields ``send_slot`` to ``receive_from``."""
+    shape = (capacity.workers, capacity.rounds)
+    send_slot, send_to, receive_from = (np.full(shape, -1, np.int32) for _ in range(3))
+    send_slot[moves.sender, rounds] = seats.slot[moves.block]
+    send_to[moves.sender, rounds] = moves.receiver
+    receive_from[moves.receiver, rounds] = moves.sender
+    return {"send_slot": send_slot, "send_to": send_to, "receive_from": receive_from}
+
+
+def work_arrays(
+    capacity: Capacity,
+    blocks: Blocks,
+    placement: Placement,
+    seats: Seats,
+    query: np.ndarray,
+    key: np.ndarray,
+    source: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Fields ``work`` and ``work_start``, of pairs (query block, key block) and the rounds that bring the keys."""
+    slots, group = capacity.slots, capacity.stage_rounds
+    local = source < 0
+    held = np.unique(placement.worker * slots + seats.slot)
+    # The blocks of a slot share one entry for what each does with itself.
+    worker = np.concatenate([placement.worker[query], held // slots])
+    row = np.concatenate([seats.slot[query], held % slots])
+    keys = np.concatenate([np.where(local, seats.slot[key], slots + source % group), held % slots])
+    stage = np.concatenate([np.where(local, 0, 1 + source // group), np.zeros(len(held), np.int64)])
+    kind = np.where(blocks.length[query] == blocks.size, FULL, SEGMENT)
+    kind = np.concatenate([kind, np.full(len(held), DIAGONAL)])
+    stages = capacity.stages + 1
+    bin_of = worker * stages + stage
+    order = np.argsort((bin_of * slots + row) * (slots + group) + keys)
+    counts = np.bincount(bin_of, minlength=capacity.workers * stages).reshape(capacity.workers, stages)
+    work_start = np.zeros((capacity.workers, stages + 1), np.int32)
+    work_start[:, 1:] = np.cumsum(counts, axis=1)
+    first = np.cumsum(counts.sum(1)) - counts.sum(1)
+    work = np.full((capacity.workers, capacity.work, 3), -1, np.int32)
+    owner = worker[order]
+    work[owner, np.arange(len(order)) - first[owner]] = np.stack([row, keys, kind], 1)[order]
+    return {"work": work, "work_start": work_start}

@@ -1,0 +1,230 @@
+"""A plan of context parallelism: where blocks lie, which travel when, and what each worker computes.
+
+FCP (arXiv 2605.08524) makes a new plan for every batch. Its arrays are inputs of one compiled program, which therefore
+knows only their shapes: a :class:`Capacity`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parallel.context.arrays import (
+    Capacity,
+    PlanArrays,
+    Seats,
+    block_arrays,
+    round_arrays,
+    seats_of,
+    work_arrays,
+)
+from parallel.context.blocks import Blocks, cut
+from parallel.context.placement import Placement, check_strategy, place
+from parallel.context.rounds import Links, Transfers, round_costs, schedule, transfers
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What a plan is made for.
+
+    Attributes:
+        workers: devices that share the batch.
+        block: tokens of a block.
+        strategy: see :func:`parallel.context.placement.place`.
+        tolerance: of the balance of work.
+        links: what transfers inside and between nodes take.
+        stage_rounds: rounds that are executed as one stage.
+    """
+
+    workers: int
+    block: int = 4096
+    strategy: str = "fcp"
+    tolerance: float = 0.01
+    links: Links = field(default_factory=Links)
+    stage_rounds: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "block", "stage_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"plan {name}={getattr(self, name)!r}: must be at least 1")
+        check_strategy(self.strategy)
+        if self.tolerance < 0:
+            raise ValueError(f"plan tolerance={self.tolerance!r}: must be at least 0")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How good a plan is.
+
+    Attributes:
+        work: work of the busiest worker over its due, which is the mean, or the largest unit where that is more.
+        work_over_mean: the same over the mean.
+        tokens: largest distance of a worker's tokens from the mean, in blocks.
+        padding: share of all slots' tokens that are none.
+        degree: blocks that the busiest worker sends or receives.
+        rounds: of communication.
+        transfers: blocks that travel.
+        received: mean blocks that a worker receives.
+        crossing: share of transfers between nodes.
+        cost: time of all rounds, in the unit of the links.
+        pairs: (query block, key block) pairs that are computed.
+    """
+
+    work: float
+    work_over_mean: float
+    tokens: float
+    padding: float
+    degree: int
+    rounds: int
+    transfers: int
+    received: float
+    crossing: float
+    cost: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch's plan; ``arrays`` is for the device, the rest for the host.
+
+    Attributes:
+        capacity: shapes of ``arrays``.
+        arrays: the plan.
+        blocks: what was placed.
+        placement: where.
+        moves: what travels.
+        rounds: i64[E], when.
+        balance: how good the plan is.
+    """
+
+    capacity: Capacity
+    arrays: PlanArrays
+    blocks: Blocks
+    placement: Placement
+    moves: Transfers
+    rounds: np.ndarray
+    balance: Balance
+
+
+def make_plan(
+    lengths: Sequence[int] | np.ndarray, config: PlanConfig, at_least: Capacity | None = None
+) -> Plan:
+    """Plan a batch; a pure function of its arguments, so that every process makes the same one.
+
+    Args:
+        lengths: tokens of each document.
+        config: workers, block, strategy.
+        at_least: a capacity to keep if it is enough, so that the program need not be compiled again.
+
+    Raises:
+        ValueError: lengths that are not whole numbers of at least 1 or of 2^31 tokens together, or a capacity of other workers or blocks.
+    """
+    blocks = cut(lengths, config.block)
+    if blocks.tokens >= 2**31:
+        raise ValueError(
+            f"lengths of {blocks.tokens:,} tokens together: must be under 2^31, which indices can hold"
+        )
+    placement = place(blocks, config.workers, config.strategy, config.tolerance)
+    moves = transfers(blocks, placement.worker, config.workers)
+    rounds = schedule(moves, config.workers, config.links)
+    seats = seats_of(blocks, placement)
+    query, key, source = _pairs(blocks, placement, moves, rounds)
+    rounds, source = _useful_first(blocks, query, rounds, source)
+    capacity = _capacity(config, placement, seats, rounds, query)
+    if at_least is not None:
+        capacity = capacity.enlarged(at_least)
+    arrays = PlanArrays(
+        **block_arrays(capacity, blocks, placement, seats),
+        **round_arrays(capacity, moves, rounds, seats),
+        **work_arrays(capacity, blocks, placement, seats, query, key, source),
+    )
+    balance = _balance(config, capacity, blocks, placement, moves, rounds, len(query) + len(blocks))
+    return Plan(capacity, arrays, blocks, placement, moves, rounds, balance)
+
+
+def _pairs(
+    blocks: Blocks, placement: Placement, moves: Transfers, rounds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of a query block and an earlier key block, and the round that brings the keys, -1 if they are local."""
+    count = blocks.index
+    query = np.repeat(np.arange(len(blocks)), count)
+    key = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count + count - np.arange(len(blocks)), count)
+    travels = np.zeros(len(blocks), bool)
+    travels[moves.block] = True
+    number = np.cumsum(travels) - 1
+    table = np.full((placement.workers, int(travels.sum()) + 1), -1)
+    table[moves.receiver, number[moves.block]] = rounds
+    # A block that never travels is where its keys are asked for; the last column stays -1 for it.
+    number[~travels] = table.shape[1] - 1
+    return query, key, table[placement.worker[query], number[key]]
+
+
+def _useful_first(
+    blocks: Blocks, query: np.ndarray, rounds: np.ndarray, source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds renumbered so that those come first whose blocks let most work begin."""
+    if not len(rounds):
+        return rounds, source
+    remote = source >= 0
+    unlocked = np.bincount(source[remote], blocks.length[query[remote]], int(rounds.max()) + 1)
+    place_of = np.zeros(len(unlocked) + 1, np.int64)
+    place_of[np.argsort(-unlocked, kind="stable")] = np.arange(len(unlocked))
+    place_of[-1] = -1
+    return place_of[rounds], place_of[source]
+
+
+def _bucket(need: int) -> int:
+    """The next power of 1.25: few sizes, little waste."""
+    size = 1.0
+    while int(size) < need:
+        size *= 1.25
+    return int(size)
+
+
+def _capacity(
+    config: PlanConfig, placement: Placement, seats: Seats, rounds: np.ndarray, query: np.ndarray
+) -> Capacity:
+    workers = config.workers
+    used = int(rounds.max()) + 1 if len(rounds) else 0
+    per_worker = np.bincount(placement.worker[query], minlength=workers)
+    filled = np.zeros(workers, np.int64)
+    np.maximum.at(filled, placement.worker, seats.slot + 1)
+    return Capacity(
+        workers=workers,
+        block=config.block,
+        # Slots are memory and time of every layer, so they are not rounded up.
+        slots=int(filled.max()),
+        pieces=_bucket(int(seats.column.max()) + 1),
+        stages=_bucket(-(-used // config.stage_rounds)) if used else 0,
+        stage_rounds=config.stage_rounds,
+        work=_bucket(int((per_worker + filled).max())),
+    )
+
+
+def _balance(
+    config: PlanConfig,
+    capacity: Capacity,
+    blocks: Blocks,
+    placement: Placement,
+    moves: Transfers,
+    rounds: np.ndarray,
+    pairs: int,
+) -> Balance:
+    workers = config.workers
+    work = np.bincount(placement.worker, blocks.work, workers)
+    held = np.bincount(placement.worker, blocks.length, workers)
+    costs = round_costs(moves, rounds, config.links)
+    crossing = config.links.crossing(moves)
+    return Balance(
+        work=float(work.max() / max(work.mean(), placement.largest)),
+        work_over_mean=float(work.max() / work.mean()),
+        tokens=float(np.abs(held - held.mean()).max() / blocks.size),
+        padding=1 - blocks.tokens / (workers * capacity.slots * capacity.block),
+        degree=moves.degree(workers),
+        rounds=len(costs),
+        transfers=len(moves),
+        received=len(moves) / workers,
+        crossing=float(crossing.mean()) if len(moves) else 0.0,
+        cost=float(costs.sum()),
+        pairs=pairs,
+    )

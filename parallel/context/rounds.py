@@ -1,0 +1,167 @@
+"""Transfers of key and value blocks between workers, in rounds where each sends and receives at most one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel.context.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """One entry for every block that a worker needs and does not hold.
+
+    Attributes:
+        block: i64[E].
+        sender: i64[E], who holds it.
+        receiver: i64[E], who needs it, for any number of its query blocks.
+    """
+
+    block: np.ndarray
+    sender: np.ndarray
+    receiver: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+    def degree(self, workers: int) -> int:
+        """Blocks of the worker that sends or receives most: no schedule has fewer rounds."""
+        if not len(self):
+            return 0
+        sent, received = np.bincount(self.sender, minlength=workers), np.bincount(self.receiver)
+        return int(max(sent.max(), received.max()))
+
+
+@dataclass(frozen=True)
+class Links:
+    """What the network between workers is like.
+
+    Attributes:
+        node: workers of a node, numbered one after the other; 0: all are in one node.
+        inside: time of one block between workers of a node, in any unit.
+        between: of one block between nodes.
+    """
+
+    node: int = 0
+    inside: float = 1.0
+    between: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.node < 0:
+            raise ValueError(f"links node={self.node}: must be at least 1 worker, or 0 for a single node")
+        for name in ("inside", "between"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"links {name}={getattr(self, name)!r}: must be above 0")
+
+    def crossing(self, transfers: Transfers) -> np.ndarray:
+        """bool[E]: transfers that leave a node."""
+        if not self.node:
+            return np.zeros(len(transfers), bool)
+        return transfers.sender // self.node != transfers.receiver // self.node
+
+
+def transfers(blocks: Blocks, worker: np.ndarray, workers: int) -> Transfers:
+    """What causal attention makes workers fetch: of each of its documents, the blocks before a worker's last one.
+
+    Args:
+        blocks: the blocks.
+        worker: i64[K], their owners.
+        workers: how many.
+    """
+    key = blocks.document * workers + worker
+    holders, at = np.unique(key, return_inverse=True)
+    last = np.zeros(len(holders), np.int64)
+    np.maximum.at(last, at, blocks.index)
+    document, receiver = holders // workers, holders % workers
+    first = np.searchsorted(blocks.document, document)
+    block = np.arange(last.sum()) - np.repeat(np.cumsum(last) - last, last) + np.repeat(first, last)
+    receiver = np.repeat(receiver, last)
+    sender = worker[block]
+    away = sender != receiver
+    return Transfers(block[away], sender[away], receiver[away])
+
+
+def schedule(moves: Transfers, workers: int, links: Links) -> np.ndarray:
+    """A round for every transfer: an edge colouring of the bipartite multigraph of senders and receivers.
+
+    König: as many rounds as the largest degree are enough. Transfers take a round that is free at both ends; where none
+    is, an alternating path of two rounds is exchanged, which frees one. Those between nodes come first and take as few
+    rounds as they can, for a round lasts as long as its slowest transfer; the others fill what is left in those and
+    then in rounds of their own.
+
+    Args:
+        moves: the transfers.
+        workers: how many.
+        links: decides which transfers are slow.
+
+    Returns:
+        i64[E], counted from 0; the number of rounds is ``moves.degree(workers)``.
+    """
+    rounds = moves.degree(workers)
+    slow = links.crossing(moves) if links.between > links.inside else np.zeros(len(moves), bool)
+    colouring = _Colouring(moves.sender.tolist(), moves.receiver.tolist(), workers, rounds)
+    for chosen in (slow, ~slow):
+        part = np.flatnonzero(chosen)
+        few = Transfers(moves.block[part], moves.sender[part], moves.receiver[part])
+        # The slow ones have their own degree; the rest share all rounds with them.
+        colouring.add(part.tolist(), few.degree(workers) if chosen is slow else rounds)
+    return np.asarray(colouring.colour, np.int64)
+
+
+def round_costs(moves: Transfers, rounds: np.ndarray, links: Links) -> np.ndarray:
+    """f64[rounds]: how long each round lasts, its slowest transfer deciding."""
+    cost = np.zeros(int(rounds.max()) + 1 if len(rounds) else 0)
+    np.maximum.at(cost, rounds, np.where(links.crossing(moves), links.between, links.inside))
+    return cost
+
+
+class _Colouring:
+    """Edges of a bipartite multigraph and their colours; free colours of a node are the bits of an integer."""
+
+    def __init__(self, left: list[int], right: list[int], nodes: int, colours: int):
+        self.left, self.right = left, right
+        self.colour = [-1] * len(left)
+        self._free = [(1 << colours) - 1] * nodes, [(1 << colours) - 1] * nodes
+        # The edge of each colour at each node; read only where the colour is not free.
+        self._at = [[-1] * colours for _ in range(nodes)], [[-1] * colours for _ in range(nodes)]
+
+    def add(self, edges: list[int], colours: int) -> None:
+        """Colour edges with the first ``colours`` colours, at least the degree of all that they may meet there."""
+        allowed = (1 << colours) - 1
+        (free_left, free_right), (at_left, at_right) = self._free, self._at
+        left, right, colour = self.left, self.right, self.colour
+        for edge in edges:
+            u, v = left[edge], right[edge]
+            common = free_left[u] & free_right[v] & allowed
+            if common:
+                bit = common & -common
+                chosen = bit.bit_length() - 1
+            else:
+                chosen = self._make_free(u, v, allowed)
+                bit = 1 << chosen
+            free_left[u] ^= bit
+            free_right[v] ^= bit
+            at_left[u][chosen] = at_right[v][chosen] = edge
+            colour[edge] = chosen
+
+    def _make_free(self, u: int, v: int, allowed: int) -> int:
+        """A colour free at u is made free at v too: exchange it along the path that leaves v by it."""
+        free_left, free_right = self._free
+        mine, its = free_left[u] & allowed, free_right[v] & allowed
+        first, second = (mine & -mine).bit_length() - 1, (its & -its).bit_length() - 1
+        both = 1 << first | 1 << second
+        path, node, side, colour = [], v, 1, first
+        # The path cannot reach u: it would enter it by ``first``, which is free there.
+        while not self._free[side][node] >> colour & 1:
+            edge = self._at[side][node][colour]
+            path.append(edge)
+            side = 1 - side
+            node = (self.left, self.right)[side][edge]
+            colour = first + second - colour
+        free_right[v] ^= both
+        self._free[side][node] ^= both
+        for edge in path:
+            self.colour[edge] = changed = first + second - self.colour[edge]
+            self._at[0][self.left[edge]][changed] = edge
+            self._at[1][self.right[edge]][changed] = edge
+        return first
