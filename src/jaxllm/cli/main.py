@@ -25,6 +25,9 @@ COMMANDS = {
     "eval": Command("jaxllm.cli.evaluate", "loss, bits per byte and baselines of a checkpoint"),
     "convert": Command("jaxllm.cli.convert", "Hugging Face folder to checkpoint and back"),
     "info": Command("jaxllm.cli.info", "pattern, parameters and memory of a preset or checkpoint"),
+    "plan": Command(
+        "jaxllm.cli.plan", "placement and balance of context parallelism for a batch, as a picture"
+    ),
     "doctor": Command("jaxllm.cli.doctor", "devices, versions, and which implementation each op takes here"),
 }
 
