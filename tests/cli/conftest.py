@@ -38,7 +38,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     from jaxllm.cli import environment, main
 
     # The process keeps its own JAX settings and warning filters; what prepare() sets is tested on its own.
-    monkeypatch.setattr(environment, "prepare", lambda: None)
+    monkeypatch.setattr(environment, "prepare", lambda *, streams: None)
     monkeypatch.setenv("COLUMNS", "120")
 
     def call(*argv: str) -> Result:

@@ -160,39 +160,60 @@ def test_preparation_keeps_what_the_user_has_set(monkeypatch, tmp_path):
     assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / "jaxllm" / "xla"
 
 
-FAULTS = """
+ALLOCATES = """
 import ctypes, resource, sys
-from jaxllm.cli.environment import keep_freed_memory
+from pathlib import Path
+from jaxllm.cli import environment
 
-kept = keep_freed_memory() if sys.argv[1] == "keep" else None
+tuned = getattr(environment, sys.argv[1])() if len(sys.argv) > 1 else None
 libc = ctypes.CDLL(None)
 libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would hide the faults
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-for _ in range(20):
-    block = libc.malloc(1 << 26)
-    ctypes.memset(block, 1, 1 << 26)
+# Once a block of 31 MiB has been freed, glibc takes smaller ones from the heap, unless it was told a limit.
+for megabytes in (31, *range(16, 31), *(64,) * 20):
+    block = libc.malloc(megabytes << 20)
+    ctypes.memset(block, 1, megabytes << 20)
+    above = libc.malloc(1 << 16)  # in the heap, so that it cannot shrink
+    ctypes.memset(above, 1, 1 << 16)
     libc.free(block)
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+resident = int(Path("/proc/self/statm").read_text().split()[1]) >> 8
+print(tuned, resource.getrusage(resource.RUSAGE_SELF).ru_minflt, resident)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_freed_memory_is_kept_unless_the_user_tunes_malloc():
-    def faults(how: str, **variables: str) -> tuple[str, int]:
+def test_freed_memory_is_kept_or_returned_unless_the_user_tunes_malloc():
+    def allocate(*how: str, **variables: str) -> tuple[str, int, int]:
         done = subprocess.run(
-            [sys.executable, "-c", FAULTS, how],
+            [sys.executable, "-c", ALLOCATES, *how],
             env=subprocess_environment() | variables,
             capture_output=True,
             text=True,
             check=True,
         )
-        kept, count = done.stdout.split()
-        return kept, int(count)
+        tuned, faults, resident = done.stdout.split()
+        return tuned, int(faults), int(resident)
 
-    kept, few = faults("keep")
-    assert kept == "True"
-    assert few < faults("leave")[1] / 3
-    assert faults("keep", MALLOC_ARENA_MAX="2")[0] == "False"
+    kept, returned, left = allocate("keep_freed_memory"), allocate("return_freed_memory"), allocate()
+    print(kept, returned, left)
+    assert kept[0] == returned[0] == "True"
+    assert kept[1] < left[1] / 3
+    assert returned[2] < min(kept[2], left[2]) - 15
+    for how in ("keep_freed_memory", "return_freed_memory"):
+        for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_"):
+            assert allocate(how, **{name: str(2**20)})[0] == "False"
+
+
+def test_only_a_conversion_returns_freed_memory(monkeypatch):
+    from jaxllm.cli import environment
+
+    prepared = {}
+    monkeypatch.setattr(environment, "prepare", lambda *, streams: prepared.update({name: streams}))
+    for name in ("info", "convert"):
+        # --help of a subcommand ends before it does anything.
+        with pytest.raises(SystemExit):
+            main.dispatch([name, "--help"])
+    assert prepared == {"info": False, "convert": True}
 
 
 def test_doctor_prints_devices_versions_and_implementations(cli):

@@ -23,7 +23,7 @@ class Result:
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs a command line; what environment.prepare would set stays unset."""
-    monkeypatch.setattr(environment, "prepare", lambda: None)
+    monkeypatch.setattr(environment, "prepare", lambda *, streams: None)
     monkeypatch.setenv("COLUMNS", "120")
 
     def call(*argv: object) -> Result:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ConfigError, Precision
+from jaxllm.hf.deferred import Deferred
+from jaxllm.train import checkpoint, stored
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.seal import write_atomically
 from jaxllm.train.state import abstract_state, init_state
@@ -57,6 +59,37 @@ def test_state_may_be_donated_while_it_is_saved(tmp_path, fresh, cfg, optim):
         checkpoints.save(1, state, {"model": cfg.to_dict()})
         jax.block_until_ready(spoil(state))
     assert_identical(Checkpoints(tmp_path).restore_latest(abstract_state(cfg, optim)).state, fresh)
+
+
+def test_deferred_parameters_are_written_piece_by_piece(tmp_path, fresh, cfg, optim, monkeypatch):
+    right, counts = stored.regions, []
+
+    def regions(shape, piece):
+        found = list(right(shape, piece))
+        covered = np.zeros(shape, int)
+        for region in found:
+            covered[region] += 1
+        assert (covered == 1).all() and np.prod(piece) * 4 <= 1024
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(stored, "regions", regions)
+    for module in (stored, checkpoint):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1024)
+    later = jax.tree.map(lambda x: Deferred(x.shape, x.dtype, lambda dtype: x.astype(dtype)), fresh.params)
+    state = dataclasses.replace(on_device(fresh), params=later)
+    with Checkpoints(tmp_path, background=False) as checkpoints:
+        checkpoints.save(1, state, {"model": cfg.to_dict()})
+    assert len(counts) == len(jax.tree.leaves(fresh.params)) and max(counts) > 4
+    assert_identical(Checkpoints(tmp_path).restore_latest(abstract_state(cfg, optim)).state, fresh)
+
+
+def test_regions_cover_what_no_piece_divides():
+    assert list(stored.regions((3, 4), (2, 4))) == [
+        (slice(0, 2), slice(0, 4)),
+        (slice(2, 3), slice(0, 4)),
+    ]
+    assert list(stored.regions((), ())) == [()]
 
 
 def test_keeps_the_newest_and_their_manifests_only(tmp_path, fresh, cfg):

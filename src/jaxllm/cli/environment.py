@@ -12,39 +12,55 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxllm"
 
 
-# mallopt(3): parameter, value, and the variable with which a user sets it. One arena, memory from the heap only, and
-# what is freed stays with the process.
-_MALLOC = (
+# mallopt(3): parameter, value, and the variable with which a user sets it.
+# One arena, memory from the heap only, and what is freed stays with the process.
+_KEEP = (
     (-8, 1, "MALLOC_ARENA_MAX"),
     (-4, 0, "MALLOC_MMAP_MAX_"),
     (-1, 2**31 - 1, "MALLOC_TRIM_THRESHOLD_"),
     (-2, 2**28, "MALLOC_TOP_PAD_"),
 )
+# One arena, and blocks of a mebibyte go back to the system one by one. Unless it is set, glibc raises that limit to the
+# largest block that was ever freed, up to 32 MiB, and smaller ones then lie among what is still used.
+_RETURN = ((-8, 1, "MALLOC_ARENA_MAX"), (-3, 2**20, "MALLOC_MMAP_THRESHOLD_"))
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep what XLA frees; True where that was possible.
-
-    XLA:CPU takes its scratch memory anew for every step. glibc maps it from the system and gives it back each time,
-    and the page faults of that can cost a training step a third of its time (docs/decisions/0007). Must come before the
-    first thread: arenas are made with threads.
-    """
-    if any(name in os.environ for _, _, name in _MALLOC):
+def _tune(options: tuple[tuple[int, int, str], ...]) -> bool:
+    names = {name for _, _, name in (*_KEEP, *_RETURN)}
+    if names & set(os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         # No glibc: macOS, musl, Windows.
         return False
-    return all(mallopt(parameter, value) for parameter, value, _ in _MALLOC)
+    return all(mallopt(parameter, value) for parameter, value, _ in options)
 
 
-def prepare() -> None:
+def keep_freed_memory() -> bool:
+    """Let glibc keep what XLA frees; True where that was possible and the user has not tuned it.
+
+    XLA:CPU takes its scratch memory anew for every step. glibc maps it from the system and gives it back each time,
+    and the page faults of that can cost a training step a third of its time (docs/decisions/0007). Must come before the
+    first thread: arenas are made with threads.
+    """
+    return _tune(_KEEP)
+
+
+def return_freed_memory() -> bool:
+    """Let glibc give back what is freed, for commands that stream more than they hold; else as the other."""
+    return _tune(_RETURN)
+
+
+def prepare(*, streams: bool = False) -> None:
     """Persistent compilation cache, and no noise from the libraries below; whatever the user has set stays.
 
     Called before any subcommand is imported, so it must not import JAX itself.
+
+    Args:
+        streams: the subcommand moves more bytes than it holds, and runs no steps.
     """
-    keep_freed_memory()
+    (return_freed_memory if streams else keep_freed_memory)()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -10,10 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """Where a subcommand lives and its line in the help."""
+    """Where a subcommand lives, its line in the help, and whether it moves more bytes than it holds."""
 
     module: str
     summary: str
+    streams: bool = False
 
 
 COMMANDS = {
@@ -23,7 +24,7 @@ COMMANDS = {
     "train": Command("jaxllm.cli.train", "train from a YAML file: your data, any preset, resumable"),
     "generate": Command("jaxllm.cli.generate", "complete a prompt, token by token"),
     "eval": Command("jaxllm.cli.evaluate", "loss, bits per byte and baselines of a checkpoint"),
-    "convert": Command("jaxllm.cli.convert", "Hugging Face folder to checkpoint and back"),
+    "convert": Command("jaxllm.cli.convert", "Hugging Face folder to checkpoint and back", streams=True),
     "info": Command("jaxllm.cli.info", "pattern, parameters and memory of a preset or checkpoint"),
     "plan": Command(
         "jaxllm.cli.plan", "placement and balance of context parallelism for a batch, as a picture"
@@ -115,7 +116,7 @@ def dispatch(argv: Sequence[str]) -> int:
     from jaxllm.cli import environment
     from jaxllm.cli.errors import explain
 
-    environment.prepare()
+    environment.prepare(streams=COMMANDS[name].streams)
     try:
         module = import_module(COMMANDS[name].module)
         return module.run(_parse(name, module, rest))

@@ -1,8 +1,9 @@
 """One saved step on disk: its names, its metadata, its arrays."""
 
 import asyncio
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,32 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def regions(shape: Sequence[int], piece: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """The pieces that an array of ``shape`` is stored in, as indices; the last one of an axis may be smaller."""
+    axes = [
+        [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        for size, step in zip(shape, piece, strict=True)
+    ]
+    return itertools.product(*axes)
+
+
 def one_by_one() -> Any:
-    """An Orbax handler of states with :class:`Deferred` leaves: each is read, written and let go before the next."""
+    """An Orbax handler of states with :class:`Deferred` leaves: each is read, written and let go before the next.
+
+    Of each, one stored piece at a time: told to write a whole array, tensorstore copies all of its pieces first, since
+    in general none of them lies in one run of the array's memory.
+    """
     import orbax.checkpoint as ocp
+    import tensorstore as ts
     from orbax.checkpoint import future
 
-    arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    class Arrays(ocp.type_handlers.NumpyHandler):
+        async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for region in regions(value.shape, store.chunk_layout.write_chunk.shape):
+                await store[region].write(value[region], can_reference_source_data_indefinitely=True)
+
+    arrays = Arrays(deepcopy_host_arrays=False)
     pieces = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
     class Handler(ocp.type_handlers.NumpyHandler):
