@@ -188,8 +188,9 @@ def _put(
             parts[place.path] = np.empty(leaf.shape, dtype)
         parts[place.path][place.index] = array
     else:
-        # A copy in C order: a view of a transposed buffer would keep both alive.
-        parts[place.path] = np.ascontiguousarray(array.astype(dtype, copy=False))
+        # In C order, since a view of a transposed buffer would keep that alive; in one step, since a transposed head in
+        # another dtype would be there twice otherwise.
+        parts[place.path] = array.astype(dtype, order="C", copy=False)
 
 
 def _deferred(
