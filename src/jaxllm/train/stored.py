@@ -85,8 +85,8 @@ def regions(shape: Sequence[int], piece: Sequence[int]) -> Iterator[tuple[slice,
 def one_by_one() -> Any:
     """An Orbax handler of states with :class:`Deferred` leaves: each is read, written and let go before the next.
 
-    Of each, one stored piece at a time: told to write a whole array, tensorstore copies all of its pieces first, since
-    in general none of them lies in one run of the array's memory.
+    Of each, one stored piece at a time, so that what lies beside an array, copied or encoded, does not grow with it: in
+    general none of the pieces lies in one run of the array's memory.
     """
     import orbax.checkpoint as ocp
     import tensorstore as ts
