@@ -285,6 +285,41 @@ def decode(data: dict[str, Any]) -> str:
     )
 
 
+def long_context(data: dict[str, Any]) -> str:
+    """What ``experiments.long_context`` wrote: what each policy got at each budget, and the verdicts."""
+    text = ""
+    for name, model in data["models"].items():
+        rows = [r for r in model["rows"] if r["dtype"] == "compute"]
+        budgets = sorted({r["setting"] for r in rows if r["policy"] not in ("dense", "tactic")})
+        label = lambda b: "1" if b == 1 else f"1/{round(1 / b)}"  # noqa: E731
+        lines = []
+        for task, length, policy in dict.fromkeys((r["task"], r["length"], r["policy"]) for r in rows):
+            mine = [r for r in rows if (r["task"], r["length"], r["policy"]) == (task, length, policy)]
+            first = (f"{task}, {number(length, 0)}", policy)
+            if policy == "tactic":
+                # Its budget is an outcome: what it reads stands beside what it gets.
+                told = (f"{_got(r)} at {r['read']:.1%}" for r in mine if r["setting"] < 1)
+                lines.append((*first, "; ".join(told), *[""] * (len(budgets) - 1)))
+            else:
+                at = {r["setting"]: r for r in mine}
+                lines.append((*first, *(_got(at[b]) if b in at else "" for b in budgets)))
+        header = ("task, tokens", "policy", *map(label, budgets))
+        text += f"Model: {name}, {number(model['parameters'], 0)} parameters.\n\n{markdown(header, lines)}\n"
+        if model["missing"]:
+            text += f"Of {model['planned']} lines {model['missing']} have not been measured yet.\n\n"
+        text += markdown(("claim", "here"), ((v["claim"], v["verdict"]) for v in model["verdicts"])) + "\n"
+    where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
+    return (
+        f"{text}Answers right (of text, perplexity) at a fraction of the tokens; in brackets where a task is not counted, "
+        f"since the last tokens alone solve it. Computed on: {where}.\n"
+    )
+
+
+def _got(row: dict[str, Any]) -> str:
+    text = f"{row['perplexity']:.3f}" if row["accuracy"] is None else f"{row['accuracy']:.0%}"
+    return text if row["counted"] else f"({text})"
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": quickstart,
     "benchmark": benchmark,
@@ -296,6 +331,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels_torch": kernels_torch,
     "convert_memory": convert_memory,
     "decode": decode,
+    "long_context": long_context,
 }
 
 
