@@ -95,7 +95,9 @@ def one_by_one() -> Any:
     class Arrays(ocp.type_handlers.NumpyHandler):
         async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            for region in regions(value.shape, store.chunk_layout.write_chunk.shape):
+            # Known of every array that is open, which its type does not say.
+            piece: Any = store.chunk_layout.write_chunk.shape
+            for region in regions(value.shape, piece):
                 await store[region].write(value[region], can_reference_source_data_indefinitely=True)
 
     arrays = Arrays(deepcopy_host_arrays=False)
