@@ -2,7 +2,10 @@
 
 Codes are multiplied as they are, centred so that they are small and exact in bfloat16. Scales and offsets of tokens
 move to the scores and to the probabilities, those of channels to the queries and to the output; no value is ever
-dequantised.
+dequantised. Where float32 is asked for and scales belong to tokens, codes stay bfloat16 all the same, and it is the few
+rows of the other operand that are cut into three bfloat16 parts: the products are exact, and half as many bytes are read
+as of codes in float32, on the units that know bfloat16. With scales of channels each page is a product of its own, too
+small for that.
 """
 
 import jax
@@ -16,7 +19,17 @@ def _halves(pages, dtype):
     """Centred codes as operands, one or two parts of the channels."""
     centre = 2 ** (pages.bits - 1)
     codes = [pages.codes] if pages.bits == 8 else [pages.codes & 15, pages.codes >> 4]
-    return [(c.astype(jnp.int32) - centre).astype(dtype) for c in codes]
+    # Modulo 256, which is what the difference is as a signed byte.
+    return [(c - jnp.uint8(centre)).astype(jnp.int8).astype(dtype) for c in codes]
+
+
+def _cut(x):
+    """float32 as three bfloat16 parts along the next to last axis, whose sum is ``x`` exactly (but for subnormals)."""
+    # Not a conversion there and back: XLA takes that for excess precision and drops it.
+    high = jax.lax.reduce_precision(x, 8, 7)
+    rest = x - high
+    middle = jax.lax.reduce_precision(rest, 8, 7)
+    return jnp.concatenate([high, middle, rest - middle], axis=-2)
 
 
 def _affine(pages):
@@ -35,9 +48,12 @@ def scores(rows, keys, dtype):
     scale, middle = _affine(keys)
     rows = rows.astype(dtype).astype(jnp.float32)
     left = rows * scale if keys.per_channel else rows
+    cut = dtype == jnp.float32 and not keys.per_channel
+    left, dtype = (_cut(left), jnp.dtype(jnp.bfloat16)) if cut else (left, dtype)
     parts = _halves(keys, dtype)
     lefts = jnp.split(left, len(parts), axis=-1)
     product = sum(contract(spec, c, q, operand_dtype=dtype) for c, q in zip(parts, lefts))
+    product = sum(jnp.split(product, 3, axis=-1)) if cut else product
     if keys.per_channel:
         return product + jnp.sum(rows * middle, axis=-1)[..., None, :]
     return product * scale + middle * jnp.sum(rows, axis=-1)[..., None, :]
@@ -51,8 +67,12 @@ def mixture(weights, values, dtype):
     scale, middle = _affine(values)
     if not values.per_channel:
         weights, shift = weights * scale.swapaxes(3, 4), jnp.sum(weights * middle.swapaxes(3, 4), axis=-1)
+        cut = dtype == jnp.float32
+        weights, dtype = (_cut(weights), jnp.dtype(jnp.bfloat16)) if cut else (weights, dtype)
         parts = [contract(spec, weights, c, operand_dtype=dtype) for c in _halves(values, dtype)]
-        return (jnp.concatenate(parts, axis=-1) + shift[..., None]).sum(axis=1)
+        product = jnp.concatenate(parts, axis=-1)
+        product = sum(jnp.split(product, 3, axis=-2)) if cut else product
+        return (product + shift[..., None]).sum(axis=1)
     parts = [contract(spec, weights, c, operand_dtype=dtype) for c in _halves(values, dtype)]
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return (jnp.concatenate(parts, axis=-1) * scale + total * middle).sum(axis=1)

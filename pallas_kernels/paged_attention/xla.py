@@ -58,24 +58,25 @@ def _in_place(pool, B, copy):
     return jax.tree.map(view, pool)
 
 
-def _gather(pool, page_at, token_at):
+def _gather(pool, kept, page_at, token_at):
     """[1, n, 1, p, d] where pages have scales of their own, else [1, 1, 1, n p, d], of one row and KV head.
 
     Args:
-        pool: [P, K, page, d], array or QuantizedPages.
+        pool: [P, K, page, d], array or QuantizedPages, of which only shapes and dtypes are looked at.
+        kept: its :func:`bits`.
         page_at: i32[n] indices into [P K].
         token_at: i32[n] indices into [P K page], single tokens instead of pages; None: whole pages.
     """
     paged = isinstance(pool, QuantizedPages) and pool.per_channel
 
-    def read(leaf):
+    def read(leaf, kept):
         single = token_at is not None and leaf.shape[2] == pool.shape[2]
-        flat = bits(leaf).reshape(-1, 1 if single else leaf.shape[2], leaf.shape[3])
+        flat = kept.reshape(-1, 1 if single else leaf.shape[2], leaf.shape[3])
         found = flat.at[token_at if single else page_at].get(mode="promise_in_bounds")
         found = floats(found, leaf.dtype)
         return found[None, :, None] if paged else found.reshape(1, 1, 1, -1, leaf.shape[3])
 
-    return jax.tree.map(read, pool)
+    return jax.tree.map(read, pool, kept)
 
 
 def _gathered(rows, k_pages, v_pages, table, tokens, seen, soft_cap, dtype, granularity):
@@ -83,11 +84,13 @@ def _gathered(rows, k_pages, v_pages, table, tokens, seen, soft_cap, dtype, gran
     B, K = rows.shape[:2]
     P, _, page, _ = k_pages.shape
     page_at = jnp.clip(table, 0, P - 1) * K + jnp.arange(K, dtype=table.dtype)[:, None]
+    # Floats that enter a loop would be written out first, whole pools of them.
+    kept = [jax.tree.map(bits, pool) for pool in (k_pages, v_pages)]
     token_at = page_at * page + jnp.maximum(tokens[..., 0], 0) % page if granularity == "token" else None
 
     def one(pair):
         rows, seen, page_at, token_at = pair
-        keys, values = (_gather(pool, page_at, token_at) for pool in (k_pages, v_pages))
+        keys, values = map(_gather, (k_pages, v_pages), kept, (page_at,) * 2, (token_at,) * 2)
         # Entries of no page, and what lies behind a row's last token, may hold anything.
         values = silence(values, seen.any(axis=0).reshape(1, values.shape[1], 1, values.shape[3]))
         found = attend(rows[None, None], keys, values, seen[None, None], soft_cap, dtype)
@@ -147,8 +150,12 @@ def run(q, k_pages, v_pages, reads: Reads, options: Options):
     tokens = indices(shape, page, reads.logical, reads.count, granularity)
     seen = seen_sealed(tokens.reshape(B, K, -1), reads.kv_len, q_positions, window)
     if table is None:
-        # Products with single pages are small: many rows repay one copy that puts each head's pages together.
-        keys, values = (_in_place(pool, B, rows.shape[2] > page) for pool in (k_pages, v_pages))
+        # Products with single pages are small: many rows repay one copy that puts each head's pages together, and codes
+        # are copied anyway, to become operands.
+        many = rows.shape[2] > page
+        keys, values = (
+            _in_place(pool, B, many or isinstance(pool, QuantizedPages)) for pool in (k_pages, v_pages)
+        )
         sealed = attend(rows, keys, values, seen, soft_cap, dtype)
     else:
         sealed = _gathered(rows, k_pages, v_pages, table, tokens, seen, soft_cap, dtype, granularity)

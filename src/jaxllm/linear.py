@@ -21,6 +21,7 @@ class Context:
         taps: names of what layers shall report in ``aux`` (contract 7).
         remat: "none", "layer" (keep layer inputs only) or "dots" (keep matrix products as well).
         kv_bound: cached positions that attention reads (a bucket over every row's length); None: all.
+        fresh: no slot of this call holds a token yet.
         ended: bool[B, n], segments whose prompt ends with this call (cache policies may evict then); None: none.
         drafting: what this call adds to the cache may be rolled back.
         implementation: of the kernels; "auto" lets the dispatcher choose.
@@ -31,6 +32,7 @@ class Context:
     taps: frozenset[str] = frozenset()
     remat: str = "none"
     kv_bound: int | None = None
+    fresh: bool = False
     ended: Any = None
     drafting: bool = False
     implementation: str = "auto"

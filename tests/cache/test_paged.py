@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.batch import PackedBatch
-from jaxllm.cache import attend
+from jaxllm.cache import attend, paged_attention
 from jaxllm.cache.kv import KVCache
 from jaxllm.cache.options import AttendOptions
 from jaxllm.cache.policies import Pillar, Quest
@@ -258,3 +258,24 @@ def test_a_window_that_is_due_reads_everything_and_its_commit_renews_the_list(rn
     for head in range(K):
         best = set(np.argsort(-mass[head])[:count] + 1)
         assert set(np.asarray(memory["chosen"])[0, head, :count].tolist()) == best
+
+
+def test_a_first_chunk_gathers_no_page(rng, monkeypatch):
+    """The same output and the same layer after it, over the tail and the chunk alone."""
+    read = []
+
+    def attention(q, k, v, **options):
+        read.append(k.shape[2])
+        return plain(q, k, v, **options)
+
+    plain = paged_attention.attention
+    monkeypatch.setattr(paged_attention, "attention", attention)
+    (state,) = init_cache(CFG, 2, CAPACITY, KVCache("int8", PAGE)).opened()
+    q, k, v = (jnp.asarray(rng.standard_normal((2, CHUNK, heads, D)), jnp.float32) for heads in (H, K, K))
+    batch = PackedBatch.from_rows(np.zeros((2, CHUNK), np.int32))
+    (want, after, _), (mine, then, _) = (
+        attend.extend(state, q, k, v, batch, AttendOptions(fresh=fresh)) for fresh in (False, True)
+    )
+    assert read == [CAPACITY + state.layout.tail + CHUNK, state.layout.tail + CHUNK]
+    np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, then, after)

@@ -15,6 +15,7 @@ from jaxllm import RKV, KVCache, Pillar, Policy, Quest, Tactic
 from jaxllm.cache.audit import check, usage
 from jaxllm.cache.sizes import OutOfPages
 from jaxllm.config import ConfigError
+from jaxllm.generation import engine as engines
 from jaxllm.generation import pool
 from jaxllm.generation.admission import SharedPages
 from jaxllm.generation.engine import Engine
@@ -125,6 +126,24 @@ def test_a_prefix_is_read_once(dtype):
     before = shared.prompt_tokens_read
     same(serve(shared, [(first, 12)]), serve(private, [(first, 12)]))
     assert shared.prompt_tokens_read - before == len(first) - 16
+
+
+def test_chunks_are_fresh_where_every_row_begins(monkeypatch):
+    """Not those behind a prefix that another request has left, nor rows of which one goes on."""
+    told = []
+
+    def prefill(params, batch, *rest, fresh, **static):
+        told.append((fresh, batch.positions[:, 0].tolist()))
+        return plain(params, batch, *rest, fresh=fresh, **static)
+
+    plain = engines.prefill
+    monkeypatch.setattr(engines, "prefill", prefill)
+    shared = engine(POOL)
+    prompt = [11, 12, 13, 14, 15] * 4
+    serve(shared, [(prompt, 1), (prompt[1:4], 1)])
+    serve(shared, [(prompt, 1)])
+    assert [fresh for fresh, _ in told] == [not any(starts) for _, starts in told]
+    assert {fresh for fresh, _ in told} == {True, False} and max(told[-1][1]) == 16
 
 
 def test_penalties_know_a_shared_prompt():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import QuantizedPages, dequantize_pages, quantize_pages
+from pallas_kernels.paged_attention.operands import _cut
 from pallas_kernels.paged_attention.quantized import pack_nibbles, unpack_nibbles
 from tests.kernels.kernel_cases import normal
 
@@ -59,6 +60,18 @@ def test_what_was_rounded_once_stays(per_channel):
 def test_constant_groups_are_kept():
     pages = jnp.full(SHAPE, 3.5)
     np.testing.assert_array_equal(dequantize_pages(quantize_pages(pages, bits=4)), pages)
+
+
+def test_three_parts_are_the_whole():
+    """Compiled too: a conversion there and back would be dropped as excess precision, and the rest be 0."""
+    import jax
+
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((3, 5, 8)) * 10.0 ** rng.integers(-20, 20, (3, 5, 8))).astype(np.float32)
+    for cut in (_cut, jax.jit(_cut)):
+        parts = np.asarray(cut(x)).reshape(3, 3, 5, 8)
+        np.testing.assert_array_equal(parts, np.asarray(jnp.asarray(parts).astype(jnp.bfloat16), np.float32))
+        np.testing.assert_array_equal(parts.astype(np.float64).sum(axis=1), x)
 
 
 def test_bytes_held():

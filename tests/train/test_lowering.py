@@ -102,6 +102,7 @@ def test_the_prefill_step_lowers(lower, named):
             cfg=CFG,
             features=Features(),
             bound=None,
+            fresh=False,
         )
     check(text, named, "attention_forward")
 

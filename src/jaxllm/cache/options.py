@@ -17,6 +17,7 @@ class AttendOptions:
         operand: dtype of the operands of matmuls; None: that of the cache.
         implementation: of the kernels.
         bound: stored tokens that attention reads of a slot (a bucket over every row's length); None: all.
+        fresh: the slots hold nothing yet: a prompt's first chunk has no pages to gather.
         ended: bool[B, n] or [B], segments whose prompt ends with this step; None: none.
         drafting: the step's tokens may be rolled back: nothing is sealed, and policies do not look.
         taps: what shall be reported.
@@ -26,6 +27,7 @@ class AttendOptions:
     operand: Any = None
     implementation: str = "auto"
     bound: int | None = None
+    fresh: bool = False
     ended: Any = None
     drafting: bool = False
     taps: frozenset[str] = frozenset()

@@ -73,7 +73,8 @@ def extend_paged(
         joined = _after(joined, done)
     else:
         tokens = _numbers(segments, joined, batch)
-        done = _prefill(state, q, batch, segments, joined, table, tokens, options)
+        before = table[:, :0] if options.fresh else table
+        done = _prefill(state, q, batch, segments, joined, before, tokens, options)
     state = settle(state, joined, slot_table(state, segments, whole, None), not options.drafting)
     if not options.drafting:
         positions = jnp.where(tokens >= 0, batch.positions, -1)
@@ -232,7 +233,8 @@ def _attend(
     K, page = state.layout.kv_heads, state.layout.page
     table = jnp.broadcast_to(view.table[:, None], (len(view.table), K, view.table.shape[1]))
     kv_len = jnp.broadcast_to(view.sealed[:, None], (len(table), K))
-    k, v = view.k_pages, view.v_pages
+    # Not those of the view: floats would have to be written out, whole pools of them, to enter a conditional's branch.
+    k, v = readable(state.k), readable(state.v)
     named: dict[str, Any] = {"table": table}
     read = kv_len
     if selection is not None:

@@ -15,7 +15,7 @@ def decode_options(operands: str) -> dict[str, str]:
     reaches the processor's bfloat16 units. Empty where the backend is another, or does not know the option.
 
     Args:
-        operands: dtype of the large products' operands.
+        operands: dtype of the large products' operands, the narrowest of them where some differ.
     """
     if jax.default_backend() != "cpu":
         return {}

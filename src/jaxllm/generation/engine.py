@@ -262,6 +262,7 @@ class Engine:
             cfg=self.cfg,
             features=self._features(group),
             bound=self._bound(int((offset + lengths).max())),
+            fresh=not offset.any(),
         )
         self._room.settle(group, self._cache, reading=True)
         done = [request for request, last in zip(group, final) if last]

@@ -14,6 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxllm.batch import Leaf, PackedBatch
+from jaxllm.cache.paged import PagedState
+from jaxllm.cache.ring import RingState
+from jaxllm.cache.rows import RowState
 from jaxllm.cache.state import Cache
 from jaxllm.config import ModelConfig
 from jaxllm.generation import seats
@@ -55,9 +58,10 @@ def _prefill(
     cfg: ModelConfig,
     features: Features,
     bound: int | None,
+    fresh: bool,
 ) -> tuple[StepOutput, Cache, SamplingState]:
     model = functional.merge(cfg, params)
-    ctx = model.context(kv_bound=bound, ended=final[:, None])
+    ctx = model.context(kv_bound=bound, fresh=fresh, ended=final[:, None])
     h, cache, _ = model.extend(batch, cache, ctx)
     rows = batch.shape[0]
     length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
@@ -158,7 +162,15 @@ def _merge_rows(
     return replace(sampling, **{name: put(name) for name in changed})
 
 
-_prefill_jit = jax.jit(_prefill, static_argnames=("cfg", "features", "bound"), donate_argnums=(2, 3))
+_prefill_jit = jax.jit(_prefill, static_argnames=("cfg", "features", "bound", "fresh"), donate_argnums=(2, 3))
+
+
+def _operands(cfg: ModelConfig, cache: Cache) -> str:
+    """The narrowest dtype of a large product's operands: attention multiplies what the cache keeps, or its codes."""
+    pools = [state.k for state in cache.layers if isinstance(state, RowState | RingState | PagedState)]
+    # bfloat16 lies there as its bits.
+    narrow = any(leaf.dtype in (jnp.uint8, jnp.uint16) for leaf in jax.tree.leaves(pools))
+    return "bfloat16" if narrow else cfg.precision.operand or cfg.precision.compute
 
 
 @functools.cache
@@ -182,6 +194,7 @@ def prefill(
     cfg: ModelConfig,
     features: Features,
     bound: int | None = None,
+    fresh: bool = False,
 ) -> tuple[StepOutput, Cache, SamplingState]:
     """Read one chunk of each row's prompt; rows whose prompt ends here sample their first token and go live.
 
@@ -194,11 +207,13 @@ def prefill(
         cfg: the model; static.
         features: what sampling needs; static.
         bound: cached positions to read, at least every row's length after the chunk; None: all; static.
+        fresh: every row begins here, so that pages are not looked at; static.
 
     Returns:
         one step of B rows (token -1 where not ``final``), and the new cache and sampling state.
     """
-    return _prefill_jit(params, batch, cache, sampling, final, cfg=cfg, features=features, bound=bound)
+    static: dict[str, Any] = {"cfg": cfg, "features": features, "bound": bound, "fresh": fresh}
+    return _prefill_jit(params, batch, cache, sampling, final, **static)
 
 
 def decode_step(
@@ -234,7 +249,7 @@ def decode_step(
         k steps of ``rows`` rows (token -1 where a row was not live or the step was not taken), cache, sampling.
     """
     taken = k if steps is None else min(steps, k)
-    step = _decode_jit(cfg.precision.operand or cfg.precision.compute)
+    step = _decode_jit(_operands(cfg, cache))
     static: dict[str, Any] = {
         "cfg": cfg,
         "features": features,

@@ -97,6 +97,7 @@ class Attention(nnx.Module):
             operand=ctx.precision.operand,
             implementation=ctx.implementation,
             bound=ctx.kv_bound,
+            fresh=ctx.fresh,
             ended=ctx.ended,
             drafting=ctx.drafting,
             taps=ctx.taps,
