@@ -278,6 +278,7 @@ def decode(data: dict[str, Any]) -> str:
         faster = ", ".join(f"{name} {value:.1f}" for name, value in r["speedup"].items())
         share = ", ".join(f"{name} {value:.0%}" for name, value in r["select_share"].items())
         text += f"\nAttention alone at {number(r['context'], 0)}, times as fast as dense: {faster}; selecting takes {share} of dense.\n"
+    text += _decode_peers(data["peers"]) + _decode_memory(data["curves"], data["prefill"])
     where = f"{data['device']['cpu']}, {data['device']['cores']} cores, JAX {data['versions']['jax']}"
     pools = number(data["pools"]["int4_over_bfloat16"], 2)
     return (
@@ -318,6 +319,42 @@ def long_context(data: dict[str, Any]) -> str:
 def _got(row: dict[str, Any]) -> str:
     text = f"{row['perplexity']:.3f}" if row["accuracy"] is None else f"{row['accuracy']:.0%}"
     return text if row["counted"] else f"({text})"
+
+
+def _decode_peers(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    rows = sorted(rows, key=lambda row: row["context"])
+    names = list(dict.fromkeys(name for row in rows for name in (*row["ms_per_token"], *row["missing"])))
+    lines = [[name, *(number(row["ms_per_token"].get(name), 1) for row in rows)] for name in names]
+    header = ["ms/token", *(f"{row['context']:,}" for row in rows)]
+    reasons = dict(sorted({name: why for row in rows for name, why in row["missing"].items()}.items()))
+    notes = "".join(f"Not measured: {name}, {why.rstrip('.')}.\n" for name, why in reasons.items())
+    return f"\n{markdown(header, lines, right=range(1, len(header)))}" + (f"\n{notes}" if notes else "")
+
+
+def _decode_memory(curves: list[dict[str, Any]], prefill: list[dict[str, Any]]) -> str:
+    mib = lambda value: number(value / 2**20, 0)  # noqa: E731
+    text = ""
+    for row in curves:
+        lines = [
+            (
+                name,
+                *(number(t[k], 0) for k in ("length", "most_stored")),
+                mib(t["held_bytes"]),
+                mib(t["peak_bytes"]),
+            )
+            for name, curve in row["curves"].items()
+            for t in curve["texts"]
+        ]
+        header = ("policy", "tokens of the text", "stored at most", "MiB held", "peak MiB of the process")
+        text += f"\n{markdown(header, lines, right=range(1, 5))}"
+    if prefill:
+        lines = [
+            (number(r["length"], 0), mib(r["peak_bytes"])) for r in sorted(prefill, key=lambda r: r["length"])
+        ]
+        text += f"\n{markdown(('prompt, tokens', 'peak MiB of the process'), lines, right=(0, 1))}"
+    return text
 
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {

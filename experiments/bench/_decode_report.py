@@ -27,12 +27,21 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"one layer at {row['context']:,}: {speed}; selecting, of dense attention: {share}")
     for row in found["maintenance"]:
         console.print(f"{row['policy']} maintenance at {row['context']:,}: {row['ms']:.1f} ms a layer")
+    for row in found["peers"]:
+        each = ", ".join(f"{name} {value:.1f}" for name, value in row["ms_per_token"].items())
+        console.print(f"ms/token at {row['context']:,}: {each}")
+        for name, reason in row["missing"].items():
+            console.print(f"  {name}: not measured, {reason}")
     for row in found["prefill"]:
         console.print(f"prefill of {row['length']:,} tokens: {row['peak_bytes'] / 2**20:,.0f} MiB at most")
     for row in found["curves"]:
-        most = {name: curve["most_stored"] for name, curve in row["curves"].items()}
-        held_mib = {name: round(curve["held_bytes"] / 2**20, 1) for name, curve in row["curves"].items()}
-        console.print(f"{row['new_tokens']:,} new tokens: stored at most {most}, MiB held {held_mib}")
+        for name, curve in row["curves"].items():
+            for text in curve["texts"]:
+                held, peak = (text[key] / 2**20 for key in ("held_bytes", "peak_bytes"))
+                stored = (
+                    f"stores at most {text['most_stored']:,}, holds {held:,.1f} MiB, peak {peak:,.0f} MiB"
+                )
+                console.print(f"{name}, text of {text['length']:,} tokens: {stored}")
     console.print(f"int4 pool: {found['pools']['int4_over_bfloat16']:.2f} times the tokens of bfloat16")
 
 

@@ -1,116 +1,47 @@
 """Decoding under every cache policy and dtype: milliseconds and bytes per token, beside dense attention and a bound.
 
-Command:  python -m experiments.bench.decode [--quick] [--context N ...] [--only NAME ...] [--out FILE]
+Command:  python -m experiments.bench.decode [--quick] [--kind KIND ...] [--context N ...] [--only NAME ...] [--out FILE]
 Time:     not taken in full yet; --quick, 2,048 tokens and few cases, half a minute on idle cores.
           Resumable: finished cases of the result file are kept unless --fresh.
+Needs:    for the peers ``pip install jaxllm[oracle]``, and optimum-quanto or hqq for transformers' caches of 4 bits;
+          what is missing stands in the row.
 Expected: Quest at a sixteenth of 32,768 tokens reads attention at least 5 times as fast as dense attention over a
           cache in one piece; selecting takes at most 15 % of that; an int4 pool holds at least 3.6 times the tokens of
-          bfloat16 per byte.
+          bfloat16 per byte; memory under R-KV is flat over 16,384 tokens, and that of a prefill linear in its length.
 
 The model has random weights, Qwen3's shape and 4 attention layers; the cache is filled with random keys, not by a
 prefill. Each case is timed against the dense model with its cache in one piece, taking turns in one process. The bound
 is the bytes of weights, selected keys and values, and metadata over the bandwidth of a sum, measured in the same run.
-Periodic work (Tactic's clustering, R-KV's compaction) is timed apart, not in the steps.
+Periodic work (Tactic's clustering, R-KV's compaction) is timed apart, not in the steps. transformers decodes the same
+weights, eagerly, over its static and its quantised caches (kind ``peers``), in processes of its own. Memory (kinds
+``curves`` and ``prefill``) is that of processes of their own too.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.bench import _decode_cases as cases
-from experiments.bench._decode_memory import curve_case, pool_case, prefill, prefill_case
+from experiments.bench._decode_memory import curve, curve_case, pool_case, prefill, prefill_case
+from experiments.bench._decode_peers import PEERS, peers_case
 from experiments.bench._decode_report import draw, show
-from jaxllm import RKV, KVCache, KVReport, Policy, Tactic
-from jaxllm.batch import PackedBatch
-from jaxllm.cache import attend
-from jaxllm.cache.evict import maintained
-from jaxllm.cache.options import AttendOptions
-from jaxllm.cache.paged import PagedState, view_of
-from jaxllm.cache.segments import segments_of
-from jaxllm.cache.traffic import held
+from experiments.bench._decode_runs import STEPS, Decoder, Layer, bandwidth, clocked, timed, turns
+from jaxllm import KVCache, Policy
+from jaxllm.cache.paged import PagedState
 from jaxllm.cli import machine
-from jaxllm.generation.sampling import Features, init_sampling
-from jaxllm.generation.steps import decode_step
 from jaxllm.model import functional
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 CONTEXTS = (2048, 8192, 32768, 131072)
+KINDS = ("model", "layers", "maintenance", "peers", "curves", "prefill")
 # Of --quick.
 QUICK = (("dense", "bfloat16"), ("quest", "int4"))
-# Steps of one timed call.
-STEPS = 8
-
-
-class Decoder:
-    """A model that decodes one row from a filled cache; each call goes on where the last one ended."""
-
-    def __init__(self, cfg: Any, params: Any, context: int, kv: KVCache, policy: Policy):
-        self.cfg, self.params = cfg, params
-        self.cache = cases.filled(cfg, context, kv, policy)
-        self.held = held(self.cache)
-        self.report = KVReport()
-        self.report.begin(cfg, self.cache)
-        full = lambda value: jnp.full(1, value, jnp.int32)  # noqa: E731
-        self.sampling = replace(
-            init_sampling(1), live=jnp.ones(1, bool), position=full(context), remaining=full(2**30)
-        )
-        self.bound = context + cases.ROOM
-        # One period of Pillar, whose first step reads everything.
-        self.step(frozenset({"kv_read", "kv_stored"}))
-
-    def step(self, taps: frozenset[str] = frozenset()) -> None:
-        """``STEPS`` steps."""
-        out, self.cache, self.sampling = decode_step(
-            self.params,
-            self.cache,
-            self.sampling,
-            cfg=self.cfg,
-            features=Features(),
-            rows=1,
-            bound=self.bound,
-            k=STEPS,
-            taps=taps,
-        )
-        tokens = np.asarray(out.tokens)
-        if taps:
-            self.report.add(tokens, jax.tree.map(np.asarray, out.aux))
-
-
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round, after a first round that compiles."""
-    for call in calls.values():
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            taken[name].append(timed(call))
-    return {name: statistics.median(each) for name, each in taken.items()}
-
-
-def bandwidth(repeats: int, size: int = 2**26) -> float:
-    """Bytes per second of a sum over ``4 size`` bytes, far more than the caches hold."""
-    values = jnp.ones((2, size // 2), jnp.float32)
-    total = jax.jit(lambda x: x.sum(axis=1))
-    jax.block_until_ready(total(values))
-    return 4 * size / min(timed(lambda: jax.block_until_ready(total(values))) for _ in range(repeats))
 
 
 def model_case(name: str, dtype: str, context: int, bytes_per_second: float, repeats: int) -> dict[str, Any]:
@@ -122,7 +53,7 @@ def model_case(name: str, dtype: str, context: int, bytes_per_second: float, rep
     kv = paged if name == "dense" else KVCache(dtype)
     mine = Decoder(cfg, params, context, kv, policy)
     dense = Decoder(cfg, params, context, KVCache("bfloat16"), Policy())
-    seconds = turns({"mine": mine.step, "dense": dense.step}, repeats)
+    seconds = turns({"mine": clocked(mine.step), "dense": clocked(dense.step)}, repeats)
     told = mine.report.to_dict()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     moved = weights + told["read_bytes_per_step"] + told["policy_bytes_per_step"]
@@ -140,79 +71,12 @@ def model_case(name: str, dtype: str, context: int, bytes_per_second: float, rep
     }
 
 
-class Layer:
-    """Attention of one layer over a filled cache, without projections."""
-
-    def __init__(self, context: int, kv: KVCache, policy: Policy):
-        self.cfg = cases.model(layers=1)
-        cache = cases.filled(self.cfg, context, kv, policy)
-        self.state, self.context = cache.opened()[0], context
-        a = self.cfg.attention
-        assert a is not None
-        key = jax.random.key(5)
-        self.q = jax.random.normal(key, (1, 1, a.num_heads, a.head_dim), jnp.float32)
-        self.k = jax.random.normal(key, (1, 1, a.num_kv_heads, a.head_dim), jnp.float32)
-        options = AttendOptions(bound=context + cases.ROOM)
-
-        def step(state: Any, position: Any, q: Any, k: Any) -> Any:
-            batch = PackedBatch(
-                tokens=jnp.zeros((1, 1), jnp.int32),
-                segment_ids=jnp.ones((1, 1), jnp.int32),
-                positions=position[None, None],
-            )
-            out, state, _ = attend.extend(state, q, k, k, batch, options)
-            return out, state
-
-        self._step = jax.jit(step, donate_argnums=0)
-        self._at = context
-
-    def step(self) -> None:
-        """One token."""
-        out, self.state = self._step(self.state, jnp.int32(self._at), self.q, self.k)
-        self._at += 1
-        jax.block_until_ready(out)
-
-    def view(self) -> Any:
-        """What the policy sees now."""
-        state = self.state
-        assert state.pages is not None
-        batch = PackedBatch.from_rows(jnp.zeros((1, 1), jnp.int32))
-        return view_of(state, segments_of(batch, 1), state.pages.table[:1], True)
-
-    def select(self) -> Callable[[], Any]:
-        """The policy's choice alone."""
-        policy = self.state.policy
-        chosen = jax.jit(lambda memory, q, view: policy.select(memory, q, view))
-        memory, view = jax.tree.map(jnp.copy, (self.state.memory, self.view()))
-        return lambda: jax.block_until_ready(chosen(memory, self.q, view))
-
-    def maintain(self) -> Callable[[], Any]:
-        """The policy's periodic work, as at a prompt's end."""
-        state, policy = self.state, self.state.policy
-        if isinstance(policy, Tactic):
-            per_slot = state.memory.per_slot | {"clustered": jnp.zeros(1, jnp.int32)}
-            state = replace(state, memory=replace(state.memory, per_slot=per_slot))
-        elif isinstance(policy, RKV):
-            # The tokens that there are shall be those that trigger it.
-            over = min(policy.buffer, policy.budget // 2)
-            smaller = replace(policy, budget=policy.budget - over, buffer=over)
-            state = replace(state, policy=smaller)
-        row = jnp.ones(1, bool)
-
-        def work(state: Any, view: Any) -> Any:
-            after = maintained(state, view, row, row)
-            # What did not change would have to be copied out.
-            return after if policy.evicts else after.memory
-
-        run, view = jax.jit(work), self.view()
-        return lambda: jax.block_until_ready(jax.tree.leaves(run(state, view)))
-
-
 def layer_case(context: int, repeats: int, names: tuple[str, ...]) -> dict[str, Any]:
     """Attention of one layer: dense in one piece against each reading policy, and its selection alone."""
     layers = {name: Layer(context, KVCache("bfloat16"), cases.policies(context)[name]) for name in names}
-    calls: dict[str, Callable[[], Any]] = {name: layer.step for name, layer in layers.items()}
-    chosen = {f"select {n}": lay.select() for n, lay in layers.items() if isinstance(lay.state, PagedState)}
+    calls = {name: clocked(layer.step) for name, layer in layers.items()}
+    paged = {name: layer for name, layer in layers.items() if isinstance(layer.state, PagedState)}
+    chosen = {f"select {name}": clocked(layer.select()) for name, layer in paged.items()}
     seconds = turns(calls | chosen, repeats)
     ms = {name: each * 1e3 for name, each in seconds.items()}
     dense = seconds["dense"]
@@ -236,10 +100,12 @@ def plan(options: argparse.Namespace) -> list[tuple[str, Callable[[float], dict[
     quick = options.quick
     contexts = options.context or ((2048,) if quick else CONTEXTS)
     repeats = 2 if quick else 7
+    peers = () if quick else tuple(PEERS)
     made: list[tuple[str, Callable[[float], dict[str, Any]], dict[str, Any]]] = []
 
     def add(kind: str, call: Callable[..., dict[str, Any]], row: dict[str, Any]) -> None:
-        made.append((kind, call, row))
+        if not options.kind or kind in options.kind:
+            made.append((kind, call, row))
 
     for context in contexts:
         for name in cases.policies(context):
@@ -263,6 +129,11 @@ def plan(options: argparse.Namespace) -> list[tuple[str, Callable[[float], dict[
                 lambda _, n=name, c=context: maintenance_case(n, c),
                 {"policy": name, "context": context},
             )
+        add(
+            "peers",
+            lambda _, c=context: peers_case(c, repeats, options.torch_python, peers),
+            {"context": context},
+        )
     new = 512 if quick else 16384
     add("curves", lambda _: curve_case(new), {"new_tokens": new})
     for length in (2048,) if quick else (32768, 65536, 131072):
@@ -270,8 +141,8 @@ def plan(options: argparse.Namespace) -> list[tuple[str, Callable[[float], dict[
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure what the result file does not have yet; the exit code."""
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -280,17 +151,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", help="these policies only")
     parser.add_argument("--fresh", action="store_true", help="measure finished cases again")
     parser.add_argument("--out", type=Path, help="the result file (default: under experiments/results)")
+    parser.add_argument("--kind", nargs="*", choices=KINDS, help="these kinds of cases only")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="interpreter that has transformers and torch"
+    )
     parser.add_argument("--prefill", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.prefill:
-        prefill(options.prefill)
+    parser.add_argument("--curve", nargs=3, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what the result file does not have yet; the exit code."""
+    options = arguments().parse_args(argv)
+    if options.prefill or options.curve:
+        # A process of its own, whose memory is measured.
+        name, *sizes = options.curve or ("", "0", "0")
+        print(json.dumps(prefill(options.prefill) if options.prefill else curve(name, *map(int, sizes))))
         return 0
     out = options.out or (None if options.quick else RESULTS / "decode.json")
-    kinds = ("model", "layers", "maintenance", "curves", "prefill")
-    found: dict[str, Any] = {kind: [] for kind in kinds}
+    found: dict[str, Any] = {kind: [] for kind in KINDS}
+    speed = 0.0
     if out is not None and out.is_file() and not options.fresh:
-        found |= {kind: rows for kind, rows in json.loads(out.read_text()).items() if kind in kinds}
-    speed = bandwidth(3 if options.quick else 9, 2**22 if options.quick else 2**26)
+        before = json.loads(out.read_text())
+        found |= {kind: rows for kind, rows in before.items() if kind in KINDS}
+        # Rows of one file shall have one bound.
+        speed = before["bytes_per_second"]
+    speed = speed or bandwidth(3 if options.quick else 9, 2**22 if options.quick else 2**26)
     for kind, call, row in plan(options):
         if any(row.items() <= old.items() for old in found[kind]):
             continue

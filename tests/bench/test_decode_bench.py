@@ -1,6 +1,7 @@
 """The benchmark of decoding: filled caches are what a prefill would leave, its quick form runs and resumes."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from experiments import render_tables
 from experiments.bench import _decode_cases as cases
-from experiments.bench import decode
+from experiments.bench import _decode_peers, decode
 from jaxllm import KVCache, Policy
 from jaxllm.cache.traffic import held
 
@@ -45,8 +46,44 @@ def test_the_quick_form_runs_and_resumes(tmp_path, monkeypatch):
     assert (tmp_path / "decode.png").stat().st_size > 1000
     assert "quest" in render_tables.decode(first)
     curve = first["curves"][0]["curves"]
-    assert curve["rkv"]["most_stored"] < curve["dense"]["most_stored"]
+    assert curve["rkv"]["most_stored"] < curve["dense"]["most_stored"] == 511
+    assert [text["length"] for text in curve["dense"]["texts"]] == [128, 256, 512]
+    assert min(row["peak_bytes"] for row in first["prefill"]) > 2**26
+    assert set(first["peers"][0]["ms_per_token"]) == {
+        "jaxllm dense bfloat16",
+        "jaxllm dense int4",
+        "jaxllm quest int4",
+    }
     monkeypatch.setattr(decode, "model_case", lambda *_: pytest.fail("measured twice"))
     assert decode.main(["--quick", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["model"] == first["model"]
+    again = json.loads(out.read_text())
+    assert (again["model"], again["bytes_per_second"]) == (first["model"], first["bytes_per_second"])
     jax.clear_caches()
+
+
+def test_kinds_may_be_chosen():
+    options = ["--quick", "--kind", "curves", "prefill"]
+    kinds = [kind for kind, _, _ in decode.plan(decode.arguments().parse_args(options))]
+    assert kinds == ["curves", "prefill"]
+
+
+@pytest.mark.oracle
+def test_peers_decode_the_same_weights_or_say_why_not(monkeypatch):
+    """The static cache and fp8 need nothing but transformers; a package that is not there stands with its reason."""
+    monkeypatch.setattr(_decode_peers, "OURS", {})
+    monkeypatch.setitem(_decode_peers.PEERS, "none", ("bfloat16", "no backend"))
+    names = ("static float32", "fp8", "none")
+    row = _decode_peers.peers_case(2048, 1, sys.executable, names)
+    assert set(row["ms_per_token"]) == {"transformers static float32", "transformers fp8"}
+    assert min(row["ms_per_token"].values()) > 0
+    assert "no backend" in row["missing"]["transformers none"] and "torch" in row["versions"]
+    table = render_tables._decode_peers([row])
+    assert "| transformers none | - |" in table and "Not measured: transformers none" in table
+
+
+@pytest.mark.oracle
+def test_another_model_is_no_peer(monkeypatch):
+    monkeypatch.setattr(_decode_peers, "OURS", {})
+    monkeypatch.setattr(_decode_peers, "_logits", lambda lm: np.ones((1, 64, 4096)) * np.arange(4096))
+    row = _decode_peers.peers_case(2048, 1, sys.executable, ("static float32",))
+    assert "not the same model" in row["missing"]["transformers static float32"] and not row["ms_per_token"]
