@@ -128,6 +128,13 @@ def test_a_prompt_is_compressed_when_it_ends_and_not_before():
     assert lengths == [16, 32, 12, 13]
 
 
+def test_a_policy_may_keep_less_than_a_page():
+    policy = RKV(budget=6, buffer=4, window=2, kernel=3)
+    for mine, other in zip(answers(policy, KVCache(page_size=8)), answers(policy, KVCache(page_size=2))):
+        assert mine.token_ids == other.token_ids
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-4)
+
+
 def test_a_policy_goes_with_sampling_and_penalties():
     options = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3}
     first, second = (answers(SMALL["RKV"], KVCache("int8", PAGE), max_batch=b, **options) for b in (1, 4))

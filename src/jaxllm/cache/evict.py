@@ -45,8 +45,8 @@ def _rewritten(state: PagedState, view: View, keep: Keep, rows: Bool[Array, " V"
     k, v = view.read_keys(tokens), view.read_values(tokens)
 
     def paged(values: Array) -> Array:
-        cut = values[:, :, : most * page].reshape(V, K, most, page, -1)
-        return jnp.swapaxes(cut, 1, 2).reshape(V * most, K, page, -1)
+        cut = values[:, :, : most * page].reshape(V, K, most, page, values.shape[-1])
+        return jnp.swapaxes(cut, 1, 2).reshape(V * most, K, page, values.shape[-1])
 
     index = jnp.arange(most)
     physical = jnp.where(rows[:, None] & (index < whole[:, None]), view.table[:, :most], layout.pages)
