@@ -1,0 +1,83 @@
+"""The tasks of the long-context experiments are what they say, and a function of the seed."""
+
+import re
+
+import numpy as np
+import pytest
+
+from experiments import long_tasks
+from experiments.long_tasks import KEYS, PIECES, TASKS, document
+
+LENGTHS = {"recall": (64, 256, 1000, 2048), "arithmetic": (104, 256, 1000, 2048)}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_same_seed_same_text(name):
+    def texts(seed):
+        rng = np.random.default_rng(seed)
+        return TASKS[name](rng, 300), document(rng, name, 300)
+
+    assert texts(3) == texts(3)
+    assert texts(3)[0] != texts(4)[0] and texts(3)[1] != texts(4)[1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_lengths_and_alphabet(name):
+    for length in LENGTHS[name]:
+        rng = np.random.default_rng(length)
+        sample = TASKS[name](rng, length)
+        texts = (sample.context, document(rng, name, max(length, 128)))
+        assert [len(text) for text in texts] == [length, max(length, 128)]
+        assert all(text.isascii() for text in texts)
+        assert sample.answer.endswith(sample.final) and sample.final
+
+
+def test_recall_answers_stand_once_in_the_context_at_any_depth():
+    depths = []
+    for seed in range(60):
+        sample = TASKS["recall"](np.random.default_rng(seed), 1000)
+        told = re.findall(r"^@([A-Z])([a-z]{2})$", sample.context, re.MULTILINE)
+        assert len(told) == len(dict(told)) == len(KEYS) == sample.context.count("@")
+        assert sample.answer == sample.final == dict(told)[sample.question[1:]]
+        depths.append(sample.context.index(sample.question) / 1000)
+    assert min(depths) < 0.1 and max(depths) > 0.9 and 0.35 < np.mean(depths) < 0.65
+
+
+def test_recall_documents_repeat_what_they_told():
+    for seed in range(20):
+        pieces = PIECES["recall"](np.random.default_rng(seed), 512)
+        told = {}
+        lines = re.findall(r"^@([A-Z])([a-z]{2})$", "".join(piece.text for piece in pieces), re.MULTILINE)
+        answers = [piece.text for piece in pieces if piece.kind == "answer"]
+        expected = [value for key, value in lines if told.setdefault(key, value) is not value]
+        assert answers == expected
+        assert all(told[key] == value for key, value in lines)
+
+
+def test_arithmetic_traces_add_up():
+    sample = TASKS["arithmetic"](np.random.default_rng(0), 256)
+    told = dict(re.findall(r"^@([A-Z])(\d)$", sample.context, re.MULTILINE))
+    assert set(told) == set(KEYS)
+    total = 0
+    for step, line in enumerate(sample.answer.split("\n")):
+        key = KEYS[step % len(KEYS)]
+        total, before = (total + int(told[key])) % 10, total
+        assert line == f"@{key}{told[key]}+{before}={total}"
+    assert sample.final == str(total)
+    assert len(sample.answer) > 2 * len(sample.context)
+
+
+def test_arithmetic_documents_hold_a_trace_of_their_own_digits():
+    pieces = PIECES["arithmetic"](np.random.default_rng(1), 700)
+    context = "".join(piece.text for piece in pieces[:-2])
+    digits = {key: int(digit) for key, digit in re.findall(r"^@([A-Z])(\d)$", context, re.MULTILINE)}
+    assert pieces[-2].text == long_tasks.QUESTION
+    assert long_tasks.trace(digits, 100).startswith(pieces[-1].text)
+    assert (pieces[-2].kind, pieces[-1].kind) == ("given", "answer")
+
+
+def test_too_short_is_refused():
+    with pytest.raises(ValueError, match="length"):
+        TASKS["arithmetic"](np.random.default_rng(0), 100)
+    with pytest.raises(ValueError, match="length"):
+        document(np.random.default_rng(0), "arithmetic", 110)
