@@ -2,8 +2,9 @@
 
 Both hide lines ``@<key><value>`` between lines of real Python source, at any depth:
 
-- ``recall``: up to 26 keys with two-letter values; the question ``@Q`` asks one of them. Multi-query associative recall
-  (arXiv 2312.04927) with filler: of all that was read, one line matters, and nothing says which before the question.
+- ``recall``: up to 26 keys of a capital and a letter, each with a letter for its value; the question ``@Kc`` asks one of
+  them. Multi-query associative recall (arXiv 2312.04927) with filler: of all that was read, one line matters, and nothing
+  says which before the question.
 - ``arithmetic``: a digit for each of the 26 letters; the answer walks through them in order, again and again, and adds
   them up modulo 10, as ``@<letter><digit>+<sum so far>=<new sum>``. The trace is three times as long as the context, and
   restates in each round what the rounds before it said (the planted repetition of arXiv 2505.24133).
@@ -22,8 +23,8 @@ import numpy as np
 
 from jaxllm.data.corpus import stdlib_corpus
 
-KEYS = string.ascii_uppercase
-LETTERS = string.ascii_lowercase
+CAPITALS, LETTERS = string.ascii_uppercase, string.ascii_lowercase
+RECORD = len("@Kab\n")
 FACT = len("@A0\n")
 STEP = len("@A3+4=7\n")
 # Characters of a trace for each character of its context.
@@ -106,56 +107,57 @@ def _joined(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def _values(rng: np.random.Generator) -> dict[str, str]:
-    """A two-letter value for each key."""
-    return {key: "".join(rng.choice(list(LETTERS), 2)) for key in KEYS}
+def _records(rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """(capital, letter, value) in random order: no two keys share a capital or a letter, values are free."""
+    capitals, letters = rng.permutation(list(CAPITALS)), rng.permutation(list(LETTERS))
+    values = rng.choice(list(LETTERS), len(LETTERS))
+    return list(zip(capitals.tolist(), letters.tolist(), values.tolist()))
 
 
-def _fact(key: str, value: str) -> list[Piece]:
-    return [Piece("@", "text"), Piece(key + value, "given"), Piece("\n", "text")]
+def _fact(*parts: str) -> list[Piece]:
+    return [Piece("@", "text"), Piece("".join(parts), "given"), Piece("\n", "text")]
 
 
 def recall_sample(rng: np.random.Generator, length: int) -> Sample:
     """Every key once (fewer in contexts under 520 characters), one of them asked."""
-    count = max(2, min(len(KEYS), length // 20))
-    values = _values(rng)
-    keys = list(rng.permutation(list(KEYS))[:count])
-    context = _joined(scattered(rng, "validation", [_fact(key, values[key]) for key in keys], length))
-    asked = str(rng.choice(keys))
-    return Sample(context, f"@{asked}", values[asked], values[asked])
+    records = _records(rng)[: max(2, min(len(CAPITALS), length // 20))]
+    context = _joined(scattered(rng, "validation", [_fact(*record) for record in records], length))
+    capital, letter, value = records[rng.integers(len(records))]
+    return Sample(context, f"@{capital}{letter}", value, value)
 
 
 def recall_pieces(rng: np.random.Generator, length: int) -> list[Piece]:
-    """A document in which keys come again and again: from the second time on their value is an answer."""
-    values, known = _values(rng), []
-    fresh = list(rng.permutation(list(KEYS))[: rng.integers(min(6, len(KEYS)), len(KEYS) + 1)])
-    share, new = rng.uniform(0.08, 0.9), rng.uniform(0.2, 0.9)
+    """A document in which keys come again and again: from the second time on, what follows the capital is an answer."""
+    # Few keys more often than many: "one of the values so far" is then a first step that pays.
+    count = int(np.exp(rng.uniform(np.log(2), np.log(len(CAPITALS) + 1))))
+    fresh, known = _records(rng)[:count], []
+    # Short documents are nearly all questions.
+    share, new = rng.uniform(min(0.8, 100 / length), 1.0), rng.uniform(0.2, 0.9)
     lines = []
-    for _ in range(max(2, int(share * length / len("@Aab\n")))):
+    for _ in range(max(2, int(share * length / RECORD))):
         if fresh and (not known or rng.random() < new):
             known.append(fresh.pop())
-            lines.append(_fact(known[-1], values[known[-1]]))
+            lines.append(_fact(*known[-1]))
         else:
-            key = known[rng.integers(len(known))]
-            lines.append(
-                [Piece("@", "text"), Piece(key, "given"), Piece(values[key], "answer"), Piece("\n", "text")]
-            )
+            capital, letter, value = known[rng.integers(len(known))]
+            asked = [Piece("@", "text"), Piece(capital, "given"), Piece(letter + value, "answer")]
+            lines.append([*asked, Piece("\n", "text")])
     return scattered(rng, "train", lines, length)
 
 
 def _digits(rng: np.random.Generator) -> dict[str, int]:
-    return {key: int(digit) for key, digit in zip(KEYS, rng.integers(0, 10, len(KEYS)))}
+    return {key: int(digit) for key, digit in zip(CAPITALS, rng.integers(0, 10, len(CAPITALS)))}
 
 
 def _told(rng: np.random.Generator, digits: dict[str, int]) -> list[list[Piece]]:
-    return [_fact(key, str(digits[key])) for key in rng.permutation(list(KEYS)).tolist()]
+    return [_fact(key, str(digits[key])) for key in rng.permutation(list(CAPITALS)).tolist()]
 
 
 def trace(digits: dict[str, int], steps: int) -> str:
     """The running sum modulo 10 over the letters in order, round after round."""
     lines, total = [], 0
     for step in range(steps):
-        key = KEYS[step % len(KEYS)]
+        key = CAPITALS[step % len(CAPITALS)]
         after = (total + digits[key]) % 10
         lines.append(f"@{key}{digits[key]}+{total}={after}\n")
         total = after
@@ -177,7 +179,7 @@ def arithmetic_sample(rng: np.random.Generator, length: int) -> Sample:
 def arithmetic_pieces(rng: np.random.Generator, length: int) -> list[Piece]:
     """A context and as much of its trace as there is room for."""
     digits = _digits(rng)
-    least = FACT * len(KEYS)
+    least = FACT * len(CAPITALS)
     context = scattered(
         rng, "train", _told(rng, digits), int(rng.integers(least, max(least, length // 3) + 1))
     )
