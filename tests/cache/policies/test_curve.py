@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxllm.cache.policies.curve import Curve, fit, harmonic, ranks_for
@@ -83,6 +83,8 @@ def test_known_budgets(a: float, b: float, wanted: int):
     head=st.floats(0.125, 100),
     scale=st.sampled_from([2.0**-20, 8.0]),
 )
+# Below zero everywhere.
+@example(a=-1.0, b=0.0, head=1.0, scale=8.0)
 def test_budgets_grow_with_the_mass_and_do_not_change_with_the_scale(a, b, head, scale):
     found = [ranks(mass, head, a, b, 6, N) for mass in (0.2, 0.5, 0.8, 0.95)]
     assert found == sorted(found)

@@ -60,7 +60,8 @@ def ranks_for(
     """
     a, b = curve
     # Where the line crosses zero: it is clamped beyond (b < 0), or before where the fit rises with the rank (a < 0).
-    zero = jnp.floor(-a / jnp.where(b == 0, 1, b))
+    # A line without b comes down to zero nowhere.
+    zero = jnp.where(b == 0, jnp.inf, jnp.floor(-a / jnp.where(b == 0, 1, b)))
     zero = jnp.clip(zero, m, n).astype(jnp.int32)
     low, high = jnp.where(a < 0, zero, m), jnp.where(b < 0, zero, n)
 
