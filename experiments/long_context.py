@@ -6,7 +6,7 @@ Command:  python -m experiments.long_context [--model FOLDER] [--quick | --full]
 Time:     not taken in full yet; --quick half a minute on idle cores once compiled, the default within the hour for the
           built model. It takes up where it stopped (runs/long_context), and --report shows what there is by then.
 Expected: dense attention answers everything; what evicts forgets what is asked later, and answers about as often as its
-          budget is large; Quest and Tactic find it.
+          budget is large; what selects by the question finds more.
 
 A context is read by a dense prefill. The question is read token by token after it, with the policy at work, and then the
 answer is chosen greedily and compared token by token. A task counts at a budget only where dense attention answers at

@@ -291,7 +291,7 @@ def long_context(data: dict[str, Any]) -> str:
     text = ""
     for name, model in data["models"].items():
         rows = [r for r in model["rows"] if r["dtype"] == "compute"]
-        budgets = sorted({r["setting"] for r in rows if r["policy"] not in ("dense", "tactic")})
+        budgets = sorted({r["setting"] for r in rows if r["policy"] != "tactic"})
         label = lambda b: "1" if b == 1 else f"1/{round(1 / b)}"  # noqa: E731
         lines = []
         for task, length, policy in dict.fromkeys((r["task"], r["length"], r["policy"]) for r in rows):
