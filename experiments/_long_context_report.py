@@ -113,4 +113,4 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
