@@ -1,4 +1,4 @@
-"""Units of tokens and work shared between workers: equal tokens, then equal work, neighbours kept together."""
+"""Units of tokens and work shared between workers: equal tokens and slots, then equal work, neighbours kept together."""
 
 from dataclasses import dataclass
 
@@ -68,10 +68,13 @@ def fill(units: Units, workers: int) -> np.ndarray:
 
 
 def equalise(tokens: np.ndarray, work: np.ndarray, owner: np.ndarray, workers: int, slack: int) -> np.ndarray:
-    """Move units until every worker's tokens are within ``slack`` of the mean.
+    """Move units until every worker's tokens are within ``slack`` of the mean, and then what it takes in slots.
+
+    A worker that happens to hold the poorly filled slots has more of them than others, and every worker computes as
+    many as the one with most. Its smallest units go to others, as far as tokens allow.
 
     Args:
-        tokens: i64[M], none above ``slack``, which makes success certain.
+        tokens: i64[M], none above ``slack``, which makes success certain for tokens.
         work: f64[M].
         owner: i64[M].
         workers: how many.
@@ -97,12 +100,31 @@ def equalise(tokens: np.ndarray, work: np.ndarray, owner: np.ndarray, workers: i
         held[poor] += tokens[unit]
         load[rich] -= work[unit]
         load[poor] += work[unit]
+    count = np.bincount(owner, minlength=workers)
+    most = most_slots(len(owner), workers)
+    for rich in np.flatnonzero(count > most).tolist():
+        own = np.flatnonzero(owner == rich)
+        for unit in own[np.argsort(tokens[own], kind="stable")].tolist():
+            fits = (count < most) & (held + tokens[unit] <= mean + slack)
+            if count[rich] <= most or not fits.any() or held[rich] - tokens[unit] < mean - slack:
+                break
+            poor = int(np.where(fits, load, np.inf).argmin())
+            owner[unit] = poor
+            for total, more in ((held, tokens[unit]), (load, work[unit]), (count, 1)):
+                total[rich] -= more
+                total[poor] += more
     return owner
+
+
+def most_slots(slots: int, workers: int) -> int:
+    """Slots that a worker may be given in an exchange, where they are not its own before: one above an equal share."""
+    return -(-slots // workers) + 1
 
 
 def refine(
     tokens: np.ndarray,
     work: np.ndarray,
+    slots: np.ndarray,
     owner: np.ndarray,
     workers: int,
     slack: int,
@@ -112,12 +134,13 @@ def refine(
     """Exchange units between busy and idle workers until the busiest has at most ``goal``, or nothing helps.
 
     A sweep gives every busy worker some of the least busy ones and makes its best exchange, all at once: of one unit, or
-    of two where that no longer helps, for as many others or for nothing. Tokens stay within ``slack`` of the mean. Workers within the goal are left alone: an exchange costs
-    locality.
+    of two where that no longer helps, for as many others or for nothing. Tokens stay within ``slack`` of the mean, slots
+    within :func:`most_slots`. Workers within the goal are left alone: an exchange costs locality.
 
     Args:
         tokens: i64[M].
         work: f64[M].
+        slots: i64[M], slots that a unit takes.
         owner: i64[M], where every worker's tokens are within ``slack`` of the mean.
         workers: how many.
         slack: tokens.
@@ -130,10 +153,11 @@ def refine(
     if workers == 1:
         return owner
     none = len(work)
-    work, tokens = np.append(work, 0.0), np.append(tokens, 0)
+    most = most_slots(int(slots.sum()), workers)
+    work, tokens, slots = np.append(work, 0.0), np.append(tokens, 0), np.append(slots, 0)
     table = _table(owner, workers, none)
     mean = tokens.sum() / workers
-    load, held = work[table].sum(1), tokens[table].sum(1)
+    load, held, filled = work[table].sum(1), tokens[table].sum(1), slots[table].sum(1)
     stalled, doubles = 0, False
     for sweep in range(_SWEEPS):
         order = np.argsort(-load, kind="stable")
@@ -159,6 +183,11 @@ def refine(
         after = np.maximum(load[busy][:, None, None, None] - gain, load[idle][:, :, None, None] + gain)
         fits = np.abs(held[busy][:, None, None, None] - moved - mean) <= slack
         fits &= np.abs(held[idle][:, :, None, None] + moved - mean) <= slack
+        more = slots[theirs].sum(-1)[:, :, None, :] - slots[mine].sum(-1)[:, None, :, None]
+        fits &= (
+            filled[busy][:, None, None, None] + more <= np.maximum(most, filled[busy])[:, None, None, None]
+        )
+        fits &= filled[idle][:, :, None, None] - more <= np.maximum(most, filled[idle])[:, :, None, None]
         flat = np.where(fits, after, np.inf).reshape(len(busy), -1)
         best = flat.argmin(1)
         better = flat[np.arange(len(busy)), best] < load[busy] * (1 - 1e-9)
@@ -169,12 +198,10 @@ def refine(
         here, there = (one[:, None], parcels[give]), (other[:, None], parcels[take])
         given, taken = table[here], table[there]
         table[here], table[there] = taken, given
-        change = work[given].sum(-1) - work[taken].sum(-1)
-        load[one] -= change
-        load[other] += change
-        change = tokens[given].sum(-1) - tokens[taken].sum(-1)
-        held[one] -= change
-        held[other] += change
+        for total, each in ((load, work), (held, tokens), (filled, slots)):
+            change = each[given].sum(-1) - each[taken].sum(-1)
+            total[one] -= change
+            total[other] += change
     refined = np.zeros(none + 1, np.int64)
     refined[table] = np.arange(workers)[:, None]
     return refined[:none]
@@ -192,7 +219,8 @@ def search(
         i64[M], the best owners found.
     """
     rng = np.random.default_rng(0)
-    best = refine(tokens, work, owner, workers, slack, goal)
+    single = np.ones(len(work), np.int64)
+    best = refine(tokens, work, single, owner, workers, slack, goal)
     load = np.bincount(best, work, workers)
     for _ in range(min(_TRIES, _TRIED_UNITS // len(work)) if workers > 2 else 0):
         if load.max() <= goal:
@@ -203,7 +231,7 @@ def search(
         start = best.copy()
         start[shuffled] = rng.permutation(best[shuffled])
         start = equalise(tokens, work, start, workers, slack)
-        found = refine(tokens, work, start, workers, slack, goal)
+        found = refine(tokens, work, single, start, workers, slack, goal)
         after = np.bincount(found, work, workers)
         if after.max() < load.max():
             best, load = found, after

@@ -97,9 +97,10 @@ def _balanced(blocks: Blocks, workers: int, pairs: bool, tolerance: float) -> Pl
         unit_owner[together] = owner
         largest = float(unit_work.max())
         goal = max(work.sum() / workers, largest) * (1 + tolerance)
-        owner = refine(unit_tokens, unit_work, unit_owner, workers, blocks.size, goal, by_twos=False)[
-            together
-        ]
+        unit_slots = np.bincount(together)
+        owner = refine(
+            unit_tokens, unit_work, unit_slots, unit_owner, workers, blocks.size, goal, by_twos=False
+        )[together]
     goal = max(work.sum() / workers, largest) * (1 + tolerance)
     owner = search(tokens, work, owner, workers, blocks.size, goal)
     return Placement(workers, owner[slot], slot, largest)

@@ -183,7 +183,18 @@ def test_work_is_balanced_on_long_tailed_lengths(distribution, workers, each, st
     assert plan.placement.largest <= slots[-1 if strategy == "fcp" else -2 :].sum()
     assert np.abs(length.sum(1) - length.sum(1).mean()).max() <= plan.capacity.block
     assert plan.balance.rounds == plan.balance.degree
+    assert plan.capacity.slots <= -(-len(slots) // workers) + 1
+    assert plan.balance.padding == pytest.approx(
+        1 - plan.blocks.tokens / (workers * plan.capacity.slots * 4096)
+    )
     assert plan.balance.padding < 0.25
+
+
+def test_poorly_filled_slots_do_not_gather_at_one_worker():
+    # A draw where tokens and work alone gave one worker 11 slots and the others 8 or 9, so that all computed 11.
+    lengths = draw_lengths("log-normal", 8 * 32_768, 1446665038)
+    for strategy in ("fcp", "fcp-pairs"):
+        assert make_plan(lengths, PlanConfig(8, strategy=strategy)).capacity.slots <= 10
 
 
 def _with_company(plan: Plan) -> float:
