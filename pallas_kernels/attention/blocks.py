@@ -89,19 +89,41 @@ def _listed(some: Bool[Array, "B n m"], every: Bool[Array, "B n m"]) -> Visits:
     return Visits(jax.vmap(jax.vmap(fill))(place), counts)
 
 
+def _pairs(queries: Places, keys: Places, block_q: int, block_kv: int) -> tuple[_Extremes, _Extremes]:
+    """Extremes of blocks of queries [B, n, 1] and of keys [B, 1, m]."""
+    q, kv = _extremes(queries, block_q), _extremes(keys, block_kv)
+    return _Extremes(*(w[:, :, None] for w in q)), _Extremes(*(w[:, None, :] for w in kv))
+
+
+def _some(q: _Extremes, kv: _Extremes, window: int | None) -> Bool[Array, "B n m"]:
+    some = (q.last >= kv.first) & (q.first <= kv.last) & (q.most >= kv.least)
+    return some if window is None else some & (q.least - kv.most < window)
+
+
+def visits_any(
+    queries: Places, keys: Places, block_q: int, block_kv: int, window: int | None
+) -> tuple[Int[Array, "n m"], Int[Array, " n"]]:
+    """The blocks of keys each block of queries visits in any row of the batch, in their order, and how many.
+
+    In their order, so that what a row gets does not depend on the other rows: a block of which it sees nothing changes
+    no bit of a running softmax.
+    """
+    some = jnp.any(_some(*_pairs(queries, keys, block_q, block_kv), window), axis=0)
+    order = jnp.argsort(~some, axis=1, stable=True)
+    return order.astype(jnp.int32), jnp.sum(some, axis=1, dtype=jnp.int32)
+
+
 def visits(
     queries: Places, keys: Places, block_q: int, block_kv: int, window: int | None, *, by_key: bool = False
 ) -> Visits:
     """The blocks of keys each block of queries visits; with ``by_key`` the blocks of queries of each block of keys."""
-    q, kv = _extremes(queries, block_q), _extremes(keys, block_kv)
-    q, kv = (_Extremes(*(w[:, :, None] for w in q)), _Extremes(*(w[:, None, :] for w in kv)))
-    some = (q.last >= kv.first) & (q.first <= kv.last) & (q.most >= kv.least)
+    q, kv = _pairs(queries, keys, block_q, block_kv)
+    some = _some(q, kv, window)
     every = q.single & kv.single & (q.first == kv.first) & (q.least >= kv.most)
     if queries.words is not None:
         # What the mask leaves of a block is not known before the kernel runs.
         every = jnp.zeros_like(every)
     if window is not None:
-        some &= q.least - kv.most < window
         every &= q.most - kv.least < window
     if by_key:
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)

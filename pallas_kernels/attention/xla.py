@@ -1,19 +1,23 @@
-"""Attention by blocks of queries, grouped so that no key or value is repeated."""
+"""Attention by blocks of queries, grouped so that no key or value is repeated, over the blocks of keys they can see."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.blocks import NO_KEY, NO_QUERY, visits_any, whole
 from pallas_kernels.attention.mask import Marks, visible
 from pallas_kernels.attention.options import Options
 from pallas_kernels.materialise import hold
 from pallas_kernels.precision import contract
+from pallas_kernels.target import target
 
 REASON = "query blocks of grouped matmuls fused by XLA"
 
 _BLOCK = 128
+# On CPU. Elsewhere one product over all keys is faster than a loop whose length is known only as it runs.
+_KEYS = 512
 
 
 def supports(*_args, **_options) -> str | None:
@@ -106,21 +110,106 @@ def _operands(q, k, v, q_places, dtype):
     return hold(_blocked(q, k.shape[1]).astype(dtype)), hold(k.astype(dtype)), hold(v.astype(dtype)), places
 
 
+class _At:
+    """A block of keys: reads and adds to its part of arrays over all of them."""
+
+    def __init__(self, start: Any, size: int, whole: bool):
+        self._start, self._size, self._whole = start, size, whole
+
+    def __call__(self, w, axis=2):
+        return w if self._whole else jax.lax.dynamic_slice_in_dim(w, self._start, self._size, axis)
+
+    def add(self, w, more):
+        if self._whole:
+            return w + more
+        return jax.lax.dynamic_update_slice_in_dim(w, self(w) + more, self._start, 2)
+
+
+class _Keys(NamedTuple):
+    """Blocks of keys, and which of them each block of queries can see in any row of the batch.
+
+    Attributes:
+        size: keys of a block; the last one ends with the keys and may overlap the one before.
+        total: S.
+        places: (positions, ids) of all keys.
+        order: i32[n, m], for each block of queries the blocks of keys it visits, in their order.
+        count: i32[n], how many.
+    """
+
+    size: int
+    total: int
+    places: tuple[Any, Any]
+    order: Any
+    count: Any
+
+    @classmethod
+    def of(cls, queries, places, kv_places, window) -> "_Keys":
+        n, t = queries.shape[0], queries.shape[4]
+        S = kv_places[0].shape[1]
+        size = _KEYS if S > _KEYS and target().platform == "cpu" else S
+        if size == S:
+            return cls(S, S, kv_places, jnp.zeros((n, 1), jnp.int32), jnp.ones(n, jnp.int32))
+        positions, ids = (w.swapaxes(0, 1).reshape(w.shape[1], -1) for w in places[:2])
+        seen = visits_any(
+            whole(ids, positions, t, NO_QUERY),
+            whole(kv_places[1], kv_places[0], size, NO_KEY),
+            t,
+            size,
+            window,
+        )
+        return cls(size, S, kv_places, *seen)
+
+    def block(self, order, turn):
+        """Access to the block visited at a turn, its places and bool[size], which keys no earlier block had."""
+        if self.size == self.total:
+            return _At(0, self.size, True), self.places, True
+        first = order[turn] * self.size
+        start = jnp.minimum(first, self.total - self.size)
+        at = _At(start, self.size, False)
+        return at, tuple(at(w, 1) for w in self.places), jnp.arange(self.size) >= first - start
+
+    def cut(self, q_places, at):
+        """Places of queries with the mask's part of a block of keys."""
+        positions, ids, mask = q_places
+        return positions, ids, None if mask is None else at(mask)
+
+    def over(self, count, attend, start):
+        return attend(0, start) if self.size == self.total else jax.lax.fori_loop(0, count, attend, start)
+
+
 def _attend_fwd(q, k, v, q_places, kv_places, window, soft_cap, dtype):
     T, K = q.shape[1], k.shape[1]
     queries, keys, values, places = _operands(q, k, v, q_places, dtype)
-    blocks = queries.shape[0]
+    kv = _Keys.of(queries, places, kv_places, window)
 
     def step(_, block):
-        rows, places = block
+        rows, places, order, count = block
         B, _, G, t, d = rows.shape
-        scores = _einsum("bkmd,bksd->bkms", rows.reshape(B, K, G * t, d), keys).reshape(B, K, G, t, -1)
-        seen = _seen(places, kv_places, window)[:, None, None]
-        weights, total, lse = _softmax(_masked(scores, seen, soft_cap))
-        out = _einsum("bkms,bksd->bkmd", weights.astype(dtype).reshape(B, K, G * t, -1), values)
-        return None, (out.reshape(rows.shape) / total, lse[..., 0])
 
-    outputs: Any = _over(blocks, step, None, (queries, places))[1]
+        def attend(turn, so_far):
+            peak, total, out = so_far
+            at, kv_side, fresh = kv.block(order, turn)
+            scores = _einsum("bkmd,bksd->bkms", rows.reshape(B, K, G * t, d), at(keys)).reshape(
+                B, K, G, t, -1
+            )
+            seen = (_seen(kv.cut(places, at), kv_side, window) & fresh)[:, None, None]
+            scores = _masked(scores, seen, soft_cap)
+            higher = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
+            # A row that has seen nothing yet has no largest score: any finite one will do.
+            level = jnp.where(higher == -jnp.inf, 0, higher)
+            weights = hold(jnp.exp(scores - level))
+            kept = jnp.exp(peak - level)
+            more = _einsum("bkms,bksd->bkmd", weights.astype(dtype).reshape(B, K, G * t, -1), at(values))
+            total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+            return higher, total, out * kept + more.reshape(rows.shape)
+
+        row = (*rows.shape[:-1], 1)
+        start = jnp.full(row, -jnp.inf), jnp.zeros(row), jnp.zeros(rows.shape, jnp.float32)
+        peak, total, out = kv.over(count, attend, start)
+        lse = peak + jnp.log(total)
+        return None, (out / jnp.where(total > 0, total, 1), lse[..., 0])
+
+    outputs: Any = _over(queries.shape[0], step, None, (queries, places, kv.order, kv.count))[1]
     out, lse = outputs
     like = tuple(jnp.zeros((0,), w.dtype) for w in (q, k, v))
     residuals = (queries, keys, values, places, kv_places, out, lse, like)
@@ -137,27 +226,34 @@ def _attend_bwd(window, soft_cap, dtype, residuals, cotangents):
     # A row that sees nothing has no weights: any finite log of their sum will do.
     lse = jnp.where(lse == -jnp.inf, 0, lse)
     across = hold(keys.swapaxes(2, 3))
+    kv = _Keys.of(queries, places, kv_places, window)
 
     def step(carry, block):
-        dk, dv = carry
-        rows, places, dout, lse, shift = block
+        rows, places, dout, lse, shift, order, count = block
         rows, dout = (w.reshape(B, K, G * t, d) for w in (rows, dout))
-        scores = _einsum("bksd,bkmd->bksm", keys, rows).reshape(B, K, -1, G, t)
-        seen = _seen(places, kv_places, window).swapaxes(1, 2)[:, None, :, None]
-        scores = _masked(scores, seen, soft_cap)
-        weights = hold(jnp.exp(scores - lse[:, :, None]))
-        dweights = _einsum("bksd,bkmd->bksm", values, dout).reshape(weights.shape)
-        dscores = weights * (dweights - shift[:, :, None])
-        if soft_cap is not None:
-            dscores = dscores * (1 - jnp.square(jnp.where(seen, scores, 0) / soft_cap))
-        weights, dscores = (hold(w.astype(dtype)).reshape(B, K, -1, G * t) for w in (weights, dscores))
-        dq = _einsum("bkds,bksm->bkdm", across, dscores)
-        dk = dk + _einsum("bksm,bkmd->bksd", dscores, rows)
-        dv = dv + _einsum("bksm,bkmd->bksd", weights, dout)
+
+        def attend(turn, so_far):
+            dq, dk, dv = so_far
+            at, kv_side, fresh = kv.block(order, turn)
+            scores = _einsum("bksd,bkmd->bksm", at(keys), rows).reshape(B, K, -1, G, t)
+            seen = (_seen(kv.cut(places, at), kv_side, window) & fresh).swapaxes(1, 2)[:, None, :, None]
+            scores = _masked(scores, seen, soft_cap)
+            weights = hold(jnp.exp(scores - lse[:, :, None]))
+            dweights = _einsum("bksd,bkmd->bksm", at(values), dout).reshape(weights.shape)
+            dscores = weights * (dweights - shift[:, :, None])
+            if soft_cap is not None:
+                dscores = dscores * (1 - jnp.square(jnp.where(seen, scores, 0) / soft_cap))
+            weights, dscores = (hold(w.astype(dtype)).reshape(B, K, -1, G * t) for w in (weights, dscores))
+            dq = dq + _einsum("bkds,bksm->bkdm", at(across, 3), dscores)
+            dk = at.add(dk, _einsum("bksm,bkmd->bksd", dscores, rows))
+            dv = at.add(dv, _einsum("bksm,bkmd->bksd", weights, dout))
+            return dq, dk, dv
+
+        dq, dk, dv = kv.over(count, attend, (jnp.zeros((B, K, d, G * t)), *carry))
         return (dk, dv), dq.reshape(B, K, d, G, t)
 
     start = tuple(jnp.zeros(w.shape, jnp.float32) for w in (keys, values))
-    blocked = (queries, places, hold(dout.astype(dtype)), lse, shift)
+    blocked = (queries, places, hold(dout.astype(dtype)), lse, shift, kv.order, kv.count)
     (dk, dv), dq = _over(blocks, step, start, blocked)
     grads = (_join(jnp.moveaxis(dq, 3, 5), T), dk, dv)
     return *(g.astype(w.dtype) for g, w in zip(grads, like, strict=True)), None, None

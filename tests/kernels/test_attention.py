@@ -24,10 +24,11 @@ PLACES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several query blocks, the last one ragged, at test lengths."""
+@pytest.fixture(autouse=True, params=["all keys", "blocks of keys"])
+def small_blocks(monkeypatch, request):
+    """Several query blocks, the last one ragged, at test lengths, and blocks of keys, the last one overlapping."""
     monkeypatch.setattr(xla, "_BLOCK", 12)
+    monkeypatch.setattr(xla, "_KEYS", 7 if request.param == "blocks of keys" else 512)
 
 
 def arrays(seed: int = 0) -> dict:
@@ -186,6 +187,50 @@ def test_one_query_over_a_cache_is_the_last_row(kv_layout):
     out = values(attention, {"q": a["q"][:, -1:], **cache, **places}, window=6, kv_layout=kv_layout)
     close(out[1, 0], wanted, 3e-6)
     assert not out[0].any()
+
+
+@pytest.mark.parametrize(
+    ("long", "window", "read"),
+    [
+        (False, None, [[0], [1], [2]]),
+        (True, None, [[0], [0, 1], [0, 1, 2]]),
+        (True, 4, [[0], [0, 1], [1, 2]]),
+    ],
+)
+def test_blocks_of_keys_that_no_query_sees_are_not_read(monkeypatch, long, window, read):
+    """Their values may be anything, NaN too; of keys that are read 0 * NaN would spoil the output."""
+    monkeypatch.setattr(xla, "_KEYS", 8)
+    length = 24
+    place, block = np.broadcast_to(np.arange(length), (2, length)), np.arange(length) // 8
+    positions, ids = (place, np.ones_like(place)) if long else (place % 8, 1 + place // 8)
+    a = {"k": normal(0, 2, length, K, d), "v": normal(1, 2, length, K, d)}
+    a |= {"kv_positions": positions, "kv_segment_ids": ids}
+    for number, seen in enumerate(read):
+        mine = slice(8 * number, 8 * number + 8)
+        a |= {"q": normal(2, 2, 8, H, d), "q_positions": positions[:, mine], "q_segment_ids": ids[:, mine]}
+        unseen = ~np.isin(block, seen)[:, None, None]
+        spoiled = {name: np.where(unseen, np.nan, a[name]).astype(np.float32) for name in "kv"}
+        wanted, got = (
+            values(attention, given, window=window, implementation="xla") for given in (a, a | spoiled)
+        )
+        np.testing.assert_array_equal(got, wanted)
+        assert np.isfinite(wanted).all()
+
+
+def test_neighbours_in_the_batch_do_not_change_a_row(monkeypatch):
+    """A block that only another row sees must not change a bit of this one."""
+    monkeypatch.setattr(xla, "_KEYS", 7)
+    a = arrays()
+    mine = jax.jit(lambda q, k, v, places: attention(q, k, v, **places, implementation="xla"))
+    others = dict(PLACES)
+    # The first row stays; the others become one document, so that every block is visited.
+    for name in others:
+        others[name] = np.where(
+            np.arange(B)[:, None] == 0, others[name], 1 if "segment" in name else np.arange(T)
+        )
+    one, two = (np.asarray(mine(a["q"], a["k"], a["v"], places)) for places in (PLACES, others))
+    np.testing.assert_array_equal(one[0], two[0])
+    assert not np.array_equal(one[1], two[1])
 
 
 def test_huge_padding_does_not_leak():
