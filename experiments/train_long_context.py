@@ -208,7 +208,9 @@ def draw(results: dict[str, Any], png: Path) -> None:
     right.set(
         xlabel="characters of context", ylabel="answers right, greedy", xscale="log", ylim=(-0.02, 1.02)
     )
-    right.set_xticks([128, 512, 2048, 8192], ["128", "512", "2048", "8192"])
+    lengths = sorted({row["length"] for result in results.values() for row in result["accuracy"]})
+    right.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    right.set_xticks([], minor=True)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
