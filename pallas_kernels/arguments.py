@@ -35,6 +35,7 @@ def count_segments(
     tokens: tuple[int, int],
     state: tuple[int, ...],
     letters: str,
+    open_ends: bool = False,
 ) -> int | None:
     """The n of the states [B, n, ...] an op takes and returns; None when no state is wanted.
 
@@ -45,10 +46,11 @@ def count_segments(
         tokens: (B, T).
         state: shape of one state.
         letters: what the dimensions of ``state`` are called.
+        open_ends: a row has one state before it and one after it, whatever its documents.
 
     Raises:
         ValueError: a shape is not as above; ``num_segments`` disagrees with ``initial_state``, or exceeds 1 without
-            ``segment_ids``.
+            ``segment_ids`` or with ``open_ends``.
     """
     require_shape("segment_ids", segment_ids, tokens, "B, T")
     if initial_state is not None:
@@ -64,4 +66,7 @@ def count_segments(
         require(num_segments in (None, n), "num_segments", num_segments, f"{n}, as in initial_state")
     if segment_ids is None:
         require(n in (None, 1), "num_segments", n, "1 where segment_ids is None (one segment a row)")
+    if open_ends:
+        require(n in (None, 1), "num_segments", n, "1 with open_ends (one state a row)")
+        return 1
     return n

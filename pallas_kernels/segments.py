@@ -10,6 +10,11 @@ def running_ids(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummax(segment_ids, axis=1)
 
 
+def continued_ids(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """:func:`running_ids` where padding at a row's begin belongs to its first document, so that states pass over it."""
+    return jnp.maximum(running_ids(segment_ids), 1)
+
+
 def extents(segment_ids: Int[Array, "B T"], n: int) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
     """First row and number of tokens of each document; an absent one has length 0 (and first row 0)."""
     member = segment_ids[:, :, None] == jnp.arange(1, n + 1, dtype=segment_ids.dtype)

@@ -12,7 +12,7 @@ def supports(*_args, operand_dtype=None, **_options) -> str | None:
     return None
 
 
-def run(q, k, v, g, beta, *, segment_ids, initial_state, num_segments, chunk_size, operand_dtype):
+def run(q, k, v, g, beta, *, segment_ids, initial_state, num_segments, open_ends, chunk_size, operand_dtype):
     del chunk_size, operand_dtype
     rows, T, H, dk = q.shape
     Hv, dv = v.shape[2:]
@@ -30,7 +30,9 @@ def run(q, k, v, g, beta, *, segment_ids, initial_state, num_segments, chunk_siz
         live = s > 0
         # Without states to keep, n is not known: every document then starts from the zeros of the first.
         index = jnp.clip(s - 1, 0, n - 1)
-        S = jnp.where((live & (s != last))[:, None, None, None], initial_state[b, index], S)
+        opening = initial_state[b, index]
+        opening = jnp.where((s > 1)[:, None, None, None], 0, opening) if open_ends else opening
+        S = jnp.where((live & (s != last))[:, None, None, None], opening, S)
         q, k, v, g, beta = (jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in values)
         q, k = (jnp.repeat(x, Hv // H, axis=1) for x in (q, k))
         S = jnp.exp(g)[..., None, None] * S

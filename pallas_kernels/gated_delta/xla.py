@@ -13,7 +13,7 @@ from pallas_kernels.alignment import align, move
 from pallas_kernels.gated_delta.triangular import unit_lower_inverse
 from pallas_kernels.materialise import materialise
 from pallas_kernels.precision import contract
-from pallas_kernels.segments import running_ids
+from pallas_kernels.segments import continued_ids, running_ids
 
 REASON = "chunked matmuls fused by XLA"
 
@@ -129,7 +129,7 @@ def _chunked(q, k, v, g, beta, ids, start, aligned, Q, dtype):
     return o, final.reshape(rows, -1, Hv, dk, dv)
 
 
-def run(q, k, v, g, beta, *, segment_ids, initial_state, num_segments, chunk_size, operand_dtype):
+def run(q, k, v, g, beta, *, segment_ids, initial_state, num_segments, open_ends, chunk_size, operand_dtype):
     rows, T, _, dk = q.shape
     Hv, dv = v.shape[2:]
     n, out_dtype = num_segments, v.dtype
@@ -154,6 +154,8 @@ def run(q, k, v, g, beta, *, segment_ids, initial_state, num_segments, chunk_siz
         o = move(o, target, source)
     else:
         # With one document a row, padding (g = beta = 0) leaves the state alone and no mask is needed.
-        ids = running_ids(segment_ids) if segment_ids is not None and n is None else None
+        ids = None
+        if segment_ids is not None and (n is None or open_ends):
+            ids = continued_ids(segment_ids) if open_ends else running_ids(segment_ids)
         o, final = _chunked(q, k, v, g, beta, ids, initial_state, None, Q, operand_dtype)
     return o.astype(out_dtype), None if n is None else final

@@ -19,6 +19,7 @@ def ssd(
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B n H P N"] | None = None,
     num_segments: int | None = None,
+    open_ends: bool = False,
     chunk_size: int = 128,
     operand_dtype: DTypeLike | None = None,
     implementation: str = "auto",
@@ -39,6 +40,8 @@ def ssd(
         initial_state: state before each document's first token in this row; document s reads index s - 1. None:
             zeros.
         num_segments: n of the final state. None: n of ``initial_state``, or no final state.
+        open_ends: each row is a stretch of a longer text. Its first document goes on from ``initial_state``
+            [B, 1, ...], the others begin with zeros, and the final state [B, 1, ...] is the one at the row's end.
         chunk_size: upper bound of the tokens per chunk. The result depends on it by rounding only; "xla" takes
             less where that is faster.
         operand_dtype: dtype to which the operands and cotangents of the chunk matmuls are rounded (sums are
@@ -67,7 +70,9 @@ def ssd(
             tokens=(rows, T),
             state=(H, P, B.shape[3]),
             letters="H, P, N",
+            open_ends=open_ends,
         ),
+        "open_ends": open_ends,
         "chunk_size": chunk_size,
         "operand_dtype": operand_dtype,
     }

@@ -112,7 +112,8 @@ def chunked_ssd(
         B: input projections, float32.
         C: output projections, float32.
         start: initial states, float32; n = 1 unless ``aligned``.
-        ids: non-decreasing document ids where chunks may hold several documents; then ``start`` must be 0.
+        ids: non-decreasing document ids where chunks may hold several documents; then ``start`` is the first one's
+            and the final state the last one's.
         aligned: where chunks open and close documents; None: the rows are one document, or ``ids`` tells.
         dtype: dtype of the operands of the matmuls.
     """

@@ -12,7 +12,7 @@ def supports(*_args, operand_dtype=None, **_options) -> str | None:
     return None
 
 
-def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_size, operand_dtype):
+def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, open_ends, chunk_size, operand_dtype):
     del chunk_size, operand_dtype
     rows, T, H, P = x.shape
     N, n = B.shape[3], num_segments or 1
@@ -28,7 +28,9 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_si
         live = s > 0
         # Without states to keep, n is not known: every document then starts from the zeros of the first.
         index = jnp.clip(s - 1, 0, n - 1)
-        S = jnp.where((live & (s != last))[:, None, None, None], initial_state[b, index], S)
+        opening = initial_state[b, index]
+        opening = jnp.where((s > 1)[:, None, None, None], 0, opening) if open_ends else opening
+        S = jnp.where((live & (s != last))[:, None, None, None], opening, S)
         x, dt, B, C = (jnp.where(live.reshape(-1, *[1] * (v.ndim - 1)), v, 0) for v in (x, dt, B, C))
         B, C = (jnp.repeat(v, H // v.shape[1], axis=1) for v in (B, C))
         S = jnp.exp(dt * A)[..., None, None] * S + (dt[..., None] * x)[..., None] * B[:, :, None, :]

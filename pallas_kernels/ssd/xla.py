@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.alignment import align, move
 from pallas_kernels.materialise import hold, materialise
-from pallas_kernels.segments import running_ids
+from pallas_kernels.segments import continued_ids, running_ids
 from pallas_kernels.ssd.chunked import chunked_ssd
 
 REASON = "chunked matmuls fused by XLA"
@@ -65,7 +65,7 @@ def _aligned(x, dt, A, B, C, segment_ids, states, Q, dtype):
     return move(y, target, source), final
 
 
-def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_size, operand_dtype):
+def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, open_ends, chunk_size, operand_dtype):
     rows, T, H, P = x.shape
     n = num_segments
     A = A.astype(jnp.float32)
@@ -87,7 +87,9 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, chunk_si
     else:
         # With one document a row, padding (dt = 0) leaves the state alone and no mask is needed.
         # Held: the running maximum would be taken again for every pair of tokens.
-        ids = hold(running_ids(segment_ids)) if segment_ids is not None and n is None else None
+        ids = None
+        if segment_ids is not None and (n is None or open_ends):
+            ids = hold(continued_ids(segment_ids) if open_ends else running_ids(segment_ids))
         y, final = _chunked(x, dt, A, B, C, ids, initial_state, None, Q, operand_dtype)
         final = None if n is None else final
     y = y if D is None else y + D[:, None] * x

@@ -88,6 +88,32 @@ def test_gradients_are_those_of_the_reference(n, chunk):
     close(grads, wanted)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "chunk"), [("reference", 64), ("xla", 4), ("xla", 8), ("xla", 64)]
+)
+def test_open_rows_take_a_state_into_their_first_document_and_give_that_of_their_last(implementation, chunk):
+    a = arrays(1)
+    options = {"chunk_size": chunk, "implementation": implementation}
+    y, state = values(ssd, {**a, "segment_ids": SEGMENTS}, open_ends=True, **options)
+    each = {**a, "initial_state": np.zeros((B, DOCUMENTS, H, P, N), np.float32), "segment_ids": SEGMENTS}
+    each["initial_state"][:, :1] = a["initial_state"]
+    wanted, states = values(ssd, each, **options)
+    close(masked((y,)), masked((wanted,)), 3e-6)
+    last = SEGMENTS.max(axis=1) - 1
+    close(state[:, 0], states[np.arange(B), last], 3e-6)
+    _, kept = values(ssd, {**a, "segment_ids": np.zeros_like(SEGMENTS)}, open_ends=True, **options)
+    np.testing.assert_array_equal(kept, a["initial_state"])
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_gradients_of_open_rows_are_those_of_the_reference(chunk):
+    a = {**arrays(1), "segment_ids": SEGMENTS}
+    weights = [normal(1, B, T, H, P) * LIVE[..., None, None], normal(2, B, 1, H, P, N)]
+    got = values_and_grads(ssd, a, weights, open_ends=True, chunk_size=chunk)
+    wanted = values_and_grads(ssd, a, weights, open_ends=True, implementation="reference")
+    close((masked(got[0]), got[1]), (masked(wanted[0]), wanted[1]))
+
+
 @given(split=st.integers(1, T - 1), chunk=st.sampled_from([4, 8]))
 def test_a_row_cut_anywhere_and_resumed_is_the_whole_row(split, chunk):
     a = arrays(1)
@@ -221,6 +247,10 @@ def test_agrees_with_the_chunk_scan_of_transformers():
         ({"segment_ids": SEGMENTS[:, 1:]}, "segment_ids.shape"),
         ({"initial_state": np.ones((B, 1, H, N, P), np.float32)}, "initial_state.shape"),
         ({"num_segments": 2}, "num_segments=2"),
+        (
+            {"num_segments": 2, "segment_ids": SEGMENTS, "open_ends": True},
+            "num_segments=2: expected 1 with open_ends",
+        ),
         ({"chunk_size": 0}, "chunk_size=0: expected at least 1"),
         ({"operand_dtype": jnp.int8}, "operand_dtype='int8'"),
         ({"implementation": "mosaic_gpu"}, "implementation='mosaic_gpu': expected one of 'auto', 'xla'"),
