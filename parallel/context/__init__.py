@@ -1,6 +1,8 @@
 """Context parallelism: packed documents cut into blocks that any worker may hold."""
 
 from parallel.context.arrays import DIAGONAL, FULL, SEGMENT, Capacity, PlanArrays
+from parallel.context.contiguous import contiguous_lanes
+from parallel.context.lanes import Lanes, make_lanes
 from parallel.context.layout import Layout, layout
 from parallel.context.lengths import DISTRIBUTIONS, draw_lengths
 from parallel.context.placement import STRATEGIES, Strategy
@@ -15,13 +17,16 @@ __all__ = [
     "STRATEGIES",
     "Balance",
     "Capacity",
+    "Lanes",
     "Layout",
     "Links",
     "Plan",
     "PlanArrays",
     "PlanConfig",
     "Strategy",
+    "contiguous_lanes",
     "draw_lengths",
     "layout",
+    "make_lanes",
     "make_plan",
 ]
