@@ -12,6 +12,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.cache.state import init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.model.functional import LanguageModel, merge
+from tests.quick import QUICK
 
 TOLERANCE = 1e-4
 GAP = 1e-4
@@ -50,26 +51,20 @@ def assert_close(actual: Any, expected: np.ndarray, tolerance: float = TOLERANCE
     return error
 
 
-# These programs run once: compiling them costs more than running them.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "variant"), compiler_options=QUICK)
-def _forward(params: Any, batch: PackedBatch, *, cfg: ModelConfig, variant: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="cfg", compiler_options=QUICK)
+def _forward(params: Any, batch: PackedBatch, *, cfg: ModelConfig) -> jax.Array:
     return merge(cfg, params)(batch)
 
 
-def logits_of(model: LanguageModel, tokens: np.ndarray, variant: str = "") -> np.ndarray:
-    """f32[B, T, V]; ``variant`` names what is patched, so that nothing compiled without it is reused."""
+def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
+    """f32[B, T, V]."""
     batch = PackedBatch.from_rows(tokens)
-    return np.asarray(_forward(model.params, batch, cfg=model.cfg, variant=variant), np.float32)
+    return np.asarray(_forward(model.params, batch, cfg=model.cfg), np.float32)
 
 
-def check_prefill(
-    model: LanguageModel, expected: Expected, tolerance: float = TOLERANCE, variant: str = ""
-) -> float:
-    """Forward without a cache; ``variant`` as in :func:`logits_of`."""
-    return assert_close(logits_of(model, expected.tokens, variant), expected.logits, tolerance)
+def check_prefill(model: LanguageModel, expected: Expected, tolerance: float = TOLERANCE) -> float:
+    """Forward without a cache."""
+    return assert_close(logits_of(model, expected.tokens), expected.logits, tolerance)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", compiler_options=QUICK)
