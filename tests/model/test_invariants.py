@@ -23,6 +23,7 @@ from jaxllm.config import (
     RopeConfig,
 )
 from jaxllm.model.functional import init_params, map_named, merge
+from tests.quick import QUICK
 
 VOCAB, ROWS, LENGTH, TOLERANCE = 61, 3, 24, 2e-5
 _BASE = ModelConfig(
@@ -58,13 +59,13 @@ CONFIGS = {
     # One token of several documents a chunk; more value heads than key heads; sides of the state that differ.
     "delta": _BASE.replace(
         pattern="GJG",
-        # The norm of heads divides by what little the first tokens read: a larger epsilon keeps rounding small.
-        delta=GatedDeltaConfig(
-            2, 4, key_head_dim=6, value_head_dim=5, chunk_size=8, allow_neg_eigval=True, norm_eps=0.1
-        ),
-        jet=JetConfig(2, 6, 8, generator_reduction=4, chunk_size=8, norm_eps=0.1),
+        delta=GatedDeltaConfig(2, 4, key_head_dim=6, value_head_dim=5, chunk_size=8, allow_neg_eigval=True),
+        jet=JetConfig(2, 6, 8, generator_reduction=4, chunk_size=8),
     ),
 }
+# The norm of heads divides by what a head has read, which is next to nothing where a query meets few keys or none that
+# resembles it: rounding is amplified up to norm_eps ** -0.5 = 316 times, in gradients by the square of that.
+AMPLIFYING = ("delta",)
 
 
 @functools.cache
@@ -74,9 +75,7 @@ def _params(name: str) -> Any:
     return map_named(lambda _, v: v + 0.2 * rng.standard_normal(v.shape), init_params(CONFIGS[name]))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("name", "remat"), compiler_options={"xla_backend_optimization_level": 0}
-)
+@functools.partial(jax.jit, static_argnames=("name", "remat"), compiler_options=QUICK)
 def _compiled(params: Any, batch: PackedBatch, weights: jax.Array, *, name: str, remat: str) -> Any:
     def loss(params: Any) -> Any:
         model = merge(CONFIGS[name], params)
@@ -125,22 +124,49 @@ def _rows(rows: list[list[tuple[int, Document]]]) -> tuple[PackedBatch, np.ndarr
     return batch, weights
 
 
-def _assert_close(actual: Any, expected: Any) -> None:
-    scale = max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=TOLERANCE * scale)
+def _assert_close(actual: Any, expected: Any, rounding: float = 0.0) -> None:
+    allowed = max(TOLERANCE * max(1.0, float(np.abs(expected).max())), rounding)
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=allowed)
+
+
+def _rounding(name: str, batch: PackedBatch, weights: np.ndarray) -> tuple[float, Any]:
+    """How far logits of documents, and each gradient, move with the last bit of every parameter: the most of three draws.
+
+    Of 24 packings of "delta", one of 24 tokens in three documents each, two had differences above the plain tolerance, at
+    most 1.5 times it, while this moved the same values by 0.8 to 9 times the tolerance; no difference was more than half
+    of it. With an epsilon of 0.1, which no model has, differences are below 0.3 of the plain tolerance.
+    """
+    if name not in AMPLIFYING:
+        return 0.0, jax.tree.map(lambda _: 0.0, _params(name))
+    logits, gradient = _run(name, batch, weights)
+    furthest = lambda a, b: float(np.abs(a - b).max())  # noqa: E731
+    draws = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        moved = jax.tree.map(
+            lambda v: v * (1 + 2.0**-23 * rng.integers(-1, 2, v.shape)).astype(np.float32),  # noqa: B023
+            _params(name),
+        )
+        other, slope = _compiled(moved, batch, weights, name=name, remat="none")
+        inside = weights.any(-1)
+        draws.append(
+            (furthest(np.asarray(other)[inside], logits[inside]), jax.tree.map(furthest, slope, gradient))
+        )
+    return jax.tree.map(max, *draws)
 
 
 def _assert_same(name: str, rows: list[list[tuple[int, Document]]]) -> None:
     """``rows`` compute what their documents compute alone: logits, and gradients of every parameter."""
     logits, gradient = _run(name, *_rows(rows))
+    rounding, slopes = _rounding(name, *_rows(rows))
     total = jax.tree.map(np.zeros_like, gradient)
     for r, row in enumerate(rows):
         for start, document in row:
             length = len(document.tokens)
             alone, part = _run(name, *_rows([[(0, document)]]))
-            _assert_close(logits[r, start : start + length], alone[0, :length])
+            _assert_close(logits[r, start : start + length], alone[0, :length], rounding)
             total = jax.tree.map(np.add, total, part)
-    jax.tree.map(_assert_close, gradient, total)
+    jax.tree.map(_assert_close, gradient, total, slopes)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
