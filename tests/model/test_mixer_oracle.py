@@ -15,7 +15,8 @@ from jaxllm.model.gated_delta import GatedDelta
 from jaxllm.model.jet import Jet
 from tests.conftest import commit_seed
 from tests.model import mixer_cases
-from tests.model.mixer_cases import TOLERANCE, Pair, error, exact, ours
+from tests.model.mixer_cases import TOLERANCE, Pair, error, exact, ours, rounding
+from tests.nightly_record import recorded
 
 pytestmark = [
     pytest.mark.oracle,
@@ -24,8 +25,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
-# How far from float64 we may be where transformers is closer.
-EXACT = 1e-5
+# How many times :func:`mixer_cases.rounding` the delta rule in float32 may be away from float64.
+ROUNDINGS = 16
 FAMILIES = {"qwen3_next": 3, "olmo_hybrid": 3, "bamba": 1, "granite": 1}
 MANY = {"qwen3_next": 20, "olmo_hybrid": 20, "bamba": 5, "granite": 5}
 
@@ -34,34 +35,44 @@ def cases(counts: dict[str, int]) -> list[tuple[str, int]]:
     return [(family, number) for family, count in counts.items() for number in range(count)]
 
 
-def check(family: str, number: int) -> None:
-    """Ours agrees with theirs; of the delta rule, whose sums are long, both also with float64.
+def check(family: str, seed: int) -> dict[str, Any]:
+    """Ours agrees with theirs; of the delta rule both also with float64, and ours as far as its inputs' rounding lets it.
 
-    Two float32 computations may each be 1e-5 away from what is exact: over 40 configurations ours was at worst 1.0e-5 away,
-    theirs 1.1e-5, and ours was the further one in 16. So TOLERANCE is for both together.
+    How far that is depends on the configuration: over the 40 nightly draws :func:`mixer_cases.rounding` was 6e-7 to 1.1e-5,
+    ours 0.5 to 4.7 times that away from float64, transformers 0.6 to 5.6 times; so was, on 22 of them, the recurrence
+    token by token in NumPy's float32, 0.6 to 3.6 times. The largest distances were 1.2e-5 (ours), 1.8e-5 (transformers)
+    and 1.2e-5 (from each other).
+
+    Returns:
+        The worst errors in standard deviations of the output.
     """
-    seed = commit_seed() + number
     pair = getattr(mixer_cases, family)(seed)
     actual = ours(pair)
-    difference = error(pair, actual)
-    print(f"{family} seed {seed}: {difference:.1e}")
-    assert difference <= TOLERANCE
+    found = {"seed": seed, "error": error(pair, actual)}
     if pair.kind is GatedDelta:
         truth = replace(pair, expected=exact(pair))
-        mine, theirs = error(truth, actual), error(truth, pair.expected)
-        print(f"away from float64: ours {mine:.1e}, theirs {theirs:.1e}")
-        assert theirs <= TOLERANCE and mine <= max(EXACT, 2.5 * theirs)
+        found |= {"from_float64": error(truth, actual), "theirs_from_float64": error(truth, pair.expected)}
+        found["rounding"] = rounding(pair)
+    print(family, found)
+    assert found["error"] <= TOLERANCE
+    if pair.kind is GatedDelta:
+        assert max(found["from_float64"], found["theirs_from_float64"]) <= TOLERANCE
+        assert found["from_float64"] <= ROUNDINGS * found["rounding"]
+    return found
 
 
 @pytest.mark.parametrize(("family", "number"), cases(FAMILIES))
 def test_random_configurations_agree(family: str, number: int) -> None:
-    check(family, number)
+    check(family, commit_seed() + number)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("family", "number"), cases(MANY))
 def test_many_random_configurations_agree(family: str, number: int) -> None:
-    check(family, number + 100)
+    """Writes what it found to experiments/results."""
+    of, test = MANY[family], "tests/model/test_mixer_oracle.py"
+    with recorded(test, family, number, of=of, tolerance=TOLERANCE) as found:
+        found |= check(family, 100 + number)
 
 
 def gate_first(patch: pytest.MonkeyPatch) -> None:
