@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.grouped_matmul import from_experts, grouped_matmul, plan, to_experts
 from pallas_kernels.grouped_matmul.permute import sorted_order
-from pallas_kernels.grouped_matmul.xla import block_rows, block_table
+from pallas_kernels.grouped_matmul.xla import block_rows, busy_experts
 from tests.kernels.kernel_cases import close, normal, values, values_and_grads
 
 K, N, EXPERTS = 6, 5, 7
@@ -70,14 +70,16 @@ def test_other_block_sizes(experts, rows):
     close(got, wanted, 2e-6)
 
 
-def test_blocks_cover_every_row_once_and_are_bounded():
-    block = block_rows(700, 3)
-    assert (block_rows(40, 6), block, block_rows(1, 9)) == (8, 64, 8)
-    table = block_table(jnp.array([65, 0, 300]), 700, block)
-    first = np.asarray(table.first)[: int(table.count)]
-    np.testing.assert_array_equal(first, [0, 64, *range(65, 365, 64)])
-    np.testing.assert_array_equal(table.expert[: int(table.count)], [0, 0, 2, 2, 2, 2, 2])
-    assert len(table.first) == 700 // 64 + 3 and len(block_table(jnp.ones(9, int), 2, 8).first) == 2
+def test_blocks_are_of_an_experts_share():
+    assert [block_rows(*sizes) for sizes in ((1, 9), (40, 6), (320, 9), (700, 3))] == [8, 8, 32, 128]
+
+
+def test_only_experts_with_rows_are_run():
+    busy = busy_experts(jnp.array([65, 0, 300, 0, 1]))
+    assert int(busy.count) == 3
+    for found, wanted in ((busy.expert, [0, 2, 4]), (busy.first, [0, 65, 365]), (busy.rows, [65, 300, 1])):
+        np.testing.assert_array_equal(found[:3], wanted)
+    assert not np.any(busy.rows[3:])
 
 
 def test_what_stands_past_the_last_expert_is_never_read():
