@@ -7,12 +7,13 @@ from parallel.context.layout import Layout, layout
 from parallel.context.lengths import DISTRIBUTIONS, draw_lengths
 from parallel.context.placement import STRATEGIES, Strategy
 from parallel.context.plan import Balance, Plan, PlanConfig, make_plan
-from parallel.context.rounds import Links
+from parallel.context.rounds import ROUNDS, Links, Rounds
 
 __all__ = [
     "DIAGONAL",
     "DISTRIBUTIONS",
     "FULL",
+    "ROUNDS",
     "SEGMENT",
     "STRATEGIES",
     "Balance",
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "PlanArrays",
     "PlanConfig",
+    "Rounds",
     "Strategy",
     "contiguous_lanes",
     "draw_lengths",

@@ -25,6 +25,8 @@ class Capacity:
         stages: stages of communication.
         stage_rounds: rounds of each; a worker has as many slots for what it receives.
         work: W, entries of a worker's list of work.
+        shifts: how many rounds bring blocks from worker w to worker w + k, for k = 1 to N - 1; rounds stand in the order
+            of k. (): a round may bring a block from any worker to any other.
     """
 
     workers: int
@@ -34,24 +36,44 @@ class Capacity:
     stages: int
     stage_rounds: int
     work: int
+    shifts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.shifts) not in (0, self.workers - 1):
+            raise ValueError(f"capacity shifts={self.shifts}: must be {self.workers - 1} numbers, or none")
+        if sum(self.shifts) > self.rounds:
+            raise ValueError(f"capacity shifts={self.shifts}: must be at most {self.rounds} rounds together")
 
     @property
     def rounds(self) -> int:
         """R, rounds of all stages."""
         return self.stages * self.stage_rounds
 
+    @property
+    def shift_of_round(self) -> tuple[int, ...]:
+        """The shift of each of R rounds, 0 where none is due; only of a capacity with ``shifts``."""
+        used = tuple(k for k, count in enumerate(self.shifts, 1) for _ in range(count))
+        return used + (0,) * (self.rounds - len(used))
+
     def enlarged(self, other: "Capacity") -> "Capacity":
         """The smallest capacity that holds the plans of both.
 
         Raises:
-            ValueError: they differ in workers, block or stage_rounds.
+            ValueError: they differ in workers, block, stage_rounds or the number of shifts.
         """
         for name in ("workers", "block", "stage_rounds"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"capacity {name}={getattr(other, name)}: must be the plan's {getattr(self, name)}"
                 )
-        return Capacity(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+        if len(self.shifts) != len(other.shifts):
+            raise ValueError(
+                f"capacity shifts={other.shifts}: must be {len(self.shifts)} numbers, as the plan's rounds want"
+            )
+        more = {f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        more["shifts"] = tuple(map(max, self.shifts, other.shifts))
+        more["stages"] = max(more["stages"], -(-sum(more["shifts"]) // self.stage_rounds))
+        return Capacity(**more)
 
 
 class PlanArrays(NamedTuple):
@@ -71,7 +93,14 @@ class PlanArrays(NamedTuple):
         order: i32[N * P], all blocks in the order of documents, as worker * P + column.
         send_slot: i32[N, R], the slot that a worker sends in a round.
         send_to: i32[N, R].
+        send_row: i32[N, R], the place of what is sent among all that its receiver gets in that stage, these in the order
+            of senders, then of rounds.
         receive_from: i32[N, R].
+        receive_slot: i32[N, R], the sender's slot.
+        receive_row: i32[N, R], the place of what comes among all that its sender sends in that stage, these in the order
+            of receivers, then of rounds.
+        receive_document: i32[N, R], whose block comes; only full ones travel.
+        receive_position: i32[N, R], its first token in the document.
         work: i32[N, W, 3], (query slot, number of the keys, kind), by stage, then query slot.
         work_start: i32[N, stages + 2]: entries [t] to [t + 1] need what stages up to t have brought, t = 0 nothing.
     """
@@ -86,7 +115,12 @@ class PlanArrays(NamedTuple):
     order: np.ndarray
     send_slot: np.ndarray
     send_to: np.ndarray
+    send_row: np.ndarray
     receive_from: np.ndarray
+    receive_slot: np.ndarray
+    receive_row: np.ndarray
+    receive_document: np.ndarray
+    receive_position: np.ndarray
     work: np.ndarray
     work_start: np.ndarray
 
@@ -148,15 +182,37 @@ def block_arrays(
 
 
 def round_arrays(
-    capacity: Capacity, moves: Transfers, rounds: np.ndarray, seats: Seats
+    capacity: Capacity, blocks: Blocks, moves: Transfers, rounds: np.ndarray, seats: Seats
 ) -> dict[str, np.ndarray]:
-    """Fields ``send_slot`` to ``receive_from``."""
-    shape = (capacity.workers, capacity.rounds)
-    send_slot, send_to, receive_from = (np.full(shape, -1, np.int32) for _ in range(3))
-    send_slot[moves.sender, rounds] = seats.slot[moves.block]
-    send_to[moves.sender, rounds] = moves.receiver
-    receive_from[moves.receiver, rounds] = moves.sender
-    return {"send_slot": send_slot, "send_to": send_to, "receive_from": receive_from}
+    """Fields ``send_slot`` to ``receive_position``."""
+    stage = rounds // capacity.stage_rounds
+    slot, block = seats.slot[moves.block], moves.block
+    sent = {
+        "send_slot": slot,
+        "send_to": moves.receiver,
+        "send_row": _place_in(stage * capacity.workers + moves.receiver, moves.sender, rounds),
+    }
+    received = {
+        "receive_from": moves.sender,
+        "receive_slot": slot,
+        "receive_row": _place_in(stage * capacity.workers + moves.sender, moves.receiver, rounds),
+        "receive_document": blocks.document[block],
+        "receive_position": blocks.index[block] * blocks.size,
+    }
+    made = {}
+    for worker, columns in ((moves.sender, sent), (moves.receiver, received)):
+        for name, value in columns.items():
+            made[name] = np.full((capacity.workers, capacity.rounds), -1, np.int32)
+            made[name][worker, rounds] = value
+    return made
+
+
+def _place_in(group: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    """Each entry's number within its group, entries in the order of the keys, the first one first."""
+    order = np.lexsort((*reversed(keys), group))
+    place = np.zeros_like(group)
+    place[order] = np.arange(len(group)) - np.searchsorted(group[order], group[order])
+    return place
 
 
 def work_arrays(

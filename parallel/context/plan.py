@@ -20,7 +20,7 @@ from parallel.context.arrays import (
 )
 from parallel.context.blocks import Blocks, cut
 from parallel.context.placement import Placement, check_strategy, place
-from parallel.context.rounds import Links, Transfers, round_costs, schedule, transfers
+from parallel.context.rounds import ROUNDS, Links, Transfers, round_costs, schedule, transfers
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class PlanConfig:
         tolerance: of the balance of work.
         links: what transfers inside and between nodes take.
         stage_rounds: rounds that are executed as one stage.
+        rounds: ``matchings``, as few rounds as possible, or ``rotations``, rounds of one shift from sender to receiver,
+            whose permutations a program knows when it is compiled.
     """
 
     workers: int
@@ -42,12 +44,15 @@ class PlanConfig:
     tolerance: float = 0.01
     links: Links = field(default_factory=Links)
     stage_rounds: int = 16
+    rounds: str = "matchings"
 
     def __post_init__(self) -> None:
         for name in ("workers", "block", "stage_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"plan {name}={getattr(self, name)!r}: must be at least 1")
         check_strategy(self.strategy)
+        if self.rounds not in ROUNDS:
+            raise ValueError(f"plan rounds={self.rounds!r}: must be one of {', '.join(ROUNDS)}")
         if self.tolerance < 0:
             raise ValueError(f"plan tolerance={self.tolerance!r}: must be at least 0")
 
@@ -126,16 +131,25 @@ def make_plan(
         )
     placement = place(blocks, config.workers, config.strategy, config.tolerance)
     moves = transfers(blocks, placement.worker, config.workers)
-    rounds = schedule(moves, config.workers, config.links)
     seats = seats_of(blocks, placement)
-    query, key, source = _pairs(blocks, placement, moves, rounds)
-    rounds, source = _useful_first(blocks, query, rounds, source)
-    capacity = _capacity(config, placement, seats, rounds, query)
+    query, key, move = _pairs(blocks, placement, moves)
+    remote = move >= 0
+    unlocked = np.bincount(move[remote], blocks.length[query[remote]], len(moves))
+    shifts, rounds = (), np.zeros(0, np.int64)
+    if config.rounds == "rotations":
+        shifts = tuple(_bucket(count) for count in moves.shifts(config.workers))
+    else:
+        rounds = moves.unlocked_first(schedule(moves, config.workers, config.links), unlocked)
+    used = sum(shifts) if shifts else moves.degree(config.workers)
+    capacity = _capacity(config, placement, seats, shifts, used, query)
     if at_least is not None:
         capacity = capacity.enlarged(at_least)
+    if config.rounds == "rotations":
+        rounds = moves.rotations(config.workers, capacity.shifts, unlocked)
+    source = np.append(rounds, -1)[move]
     arrays = PlanArrays(
         **block_arrays(capacity, blocks, placement, seats),
-        **round_arrays(capacity, moves, rounds, seats),
+        **round_arrays(capacity, blocks, moves, rounds, seats),
         **work_arrays(capacity, blocks, placement, seats, query, key, source),
     )
     balance = _balance(config, capacity, blocks, placement, moves, rounds, len(query) + len(blocks))
@@ -143,9 +157,9 @@ def make_plan(
 
 
 def _pairs(
-    blocks: Blocks, placement: Placement, moves: Transfers, rounds: np.ndarray
+    blocks: Blocks, placement: Placement, moves: Transfers
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pairs of a query block and an earlier key block, and the round that brings the keys, -1 if they are local."""
+    """All pairs of a query block and an earlier key block, and the transfer that brings the keys, -1 if they are local."""
     count = blocks.index
     query = np.repeat(np.arange(len(blocks)), count)
     key = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count + count - np.arange(len(blocks)), count)
@@ -153,39 +167,30 @@ def _pairs(
     travels[moves.block] = True
     number = np.cumsum(travels) - 1
     table = np.full((placement.workers, int(travels.sum()) + 1), -1)
-    table[moves.receiver, number[moves.block]] = rounds
+    table[moves.receiver, number[moves.block]] = np.arange(len(moves))
     # A block that never travels is where its keys are asked for; the last column stays -1 for it.
     number[~travels] = table.shape[1] - 1
     return query, key, table[placement.worker[query], number[key]]
 
 
-def _useful_first(
-    blocks: Blocks, query: np.ndarray, rounds: np.ndarray, source: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds renumbered so that those come first whose blocks let most work begin."""
-    if not len(rounds):
-        return rounds, source
-    remote = source >= 0
-    unlocked = np.bincount(source[remote], blocks.length[query[remote]], int(rounds.max()) + 1)
-    place_of = np.zeros(len(unlocked) + 1, np.int64)
-    place_of[np.argsort(-unlocked, kind="stable")] = np.arange(len(unlocked))
-    place_of[-1] = -1
-    return place_of[rounds], place_of[source]
-
-
 def _bucket(need: int) -> int:
-    """The next power of 1.25: few sizes, little waste."""
+    """The next power of 1.25: few sizes, little waste; nothing stays nothing."""
     size = 1.0
     while int(size) < need:
         size *= 1.25
-    return int(size)
+    return int(size) if need else 0
 
 
 def _capacity(
-    config: PlanConfig, placement: Placement, seats: Seats, rounds: np.ndarray, query: np.ndarray
+    config: PlanConfig,
+    placement: Placement,
+    seats: Seats,
+    shifts: tuple[int, ...],
+    used: int,
+    query: np.ndarray,
 ) -> Capacity:
     workers = config.workers
-    used = int(rounds.max()) + 1 if len(rounds) else 0
+    stages = -(-used // config.stage_rounds)
     per_worker = np.bincount(placement.worker[query], minlength=workers)
     filled = np.zeros(workers, np.int64)
     np.maximum.at(filled, placement.worker, seats.slot + 1)
@@ -195,9 +200,11 @@ def _capacity(
         # Slots are memory and time of every layer, so they are not rounded up.
         slots=int(filled.max()),
         pieces=_bucket(int(seats.column.max()) + 1),
-        stages=_bucket(-(-used // config.stage_rounds)) if used else 0,
+        # Numbers of rounds by shift are rounded up already.
+        stages=stages if shifts else _bucket(stages),
         stage_rounds=config.stage_rounds,
         work=_bucket(int((per_worker + filled).max())),
+        shifts=shifts,
     )
 
 
@@ -221,7 +228,7 @@ def _balance(
         tokens=float(np.abs(held - held.mean()).max() / blocks.size),
         padding=1 - blocks.tokens / (workers * capacity.slots * capacity.block),
         degree=moves.degree(workers),
-        rounds=len(costs),
+        rounds=int((costs > 0).sum()),
         transfers=len(moves),
         received=len(moves) / workers,
         crossing=float(crossing.mean()) if len(moves) else 0.0,

@@ -1,10 +1,14 @@
 """Transfers of key and value blocks between workers, in rounds where each sends and receives at most one."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from parallel.context.blocks import Blocks
+
+Rounds = Literal["matchings", "rotations"]
+ROUNDS: tuple[Rounds, ...] = get_args(Rounds)
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,47 @@ class Transfers:
 
     def __len__(self) -> int:
         return len(self.block)
+
+    def unlocked_first(self, rounds: np.ndarray, unlocked: np.ndarray) -> np.ndarray:
+        """Rounds renumbered so that those come first whose blocks let most work begin.
+
+        Args:
+            rounds: i64[E].
+            unlocked: f64[E], what each transfer lets begin.
+        """
+        if not len(self):
+            return rounds
+        place_of = np.zeros(int(rounds.max()) + 1, np.int64)
+        place_of[np.argsort(-np.bincount(rounds, unlocked), kind="stable")] = np.arange(len(place_of))
+        return place_of[rounds]
+
+    def shifts(self, workers: int) -> tuple[int, ...]:
+        """For k = 1 to N - 1 the most blocks that any worker sends to the k-th one after it."""
+        count = np.bincount(self._shifted(workers), minlength=workers * workers).reshape(workers, workers)
+        return tuple(count.max(1).tolist()[1:])
+
+    def _shifted(self, workers: int) -> np.ndarray:
+        return (self.receiver - self.sender) % workers * workers + self.sender
+
+    def rotations(self, workers: int, shifts: tuple[int, ...], unlocked: np.ndarray) -> np.ndarray:
+        """A round for every transfer where each round has one shift from sender to receiver.
+
+        More rounds than :func:`schedule` needs, but their permutations are known before the plan is.
+
+        Args:
+            workers: how many.
+            shifts: rounds for each shift, at least :meth:`shifts`.
+            unlocked: f64[E]; of a sender's transfers by the same shift those come first that let most work begin.
+
+        Returns:
+            i64[E], counted from 0, in the order of shifts.
+        """
+        group = self._shifted(workers)
+        order = np.lexsort((-unlocked, group))
+        first = np.concatenate([[0, 0], np.cumsum(shifts)]).astype(np.int64)
+        rounds = np.zeros(len(self), np.int64)
+        rounds[order] = np.arange(len(self)) - np.searchsorted(group[order], group[order])
+        return rounds + first[group // workers]
 
     def degree(self, workers: int) -> int:
         """Blocks of the worker that sends or receives most: no schedule has fewer rounds."""

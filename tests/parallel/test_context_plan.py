@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from parallel.context import (
     DIAGONAL,
     FULL,
+    ROUNDS,
     SEGMENT,
     STRATEGIES,
     Capacity,
@@ -29,6 +30,7 @@ CONFIGS = st.builds(
     strategy=st.sampled_from(STRATEGIES),
     links=st.sampled_from([Links(), Links(node=2, between=9.0), Links(node=3, between=2.0)]),
     stage_rounds=st.sampled_from([1, 3, 16]),
+    rounds=st.sampled_from(ROUNDS),
 )
 BALANCED = [("fcp", 1.03), ("fcp-pairs", 1.05)]
 
@@ -54,6 +56,7 @@ def computed(plan: Plan, tokens: int) -> np.ndarray:
                 sender = arrays.receive_from[receiver, number]
                 if sender >= 0:
                     assert arrays.send_to[sender, number] == receiver
+                    assert arrays.receive_slot[receiver, number] == arrays.send_slot[sender, number]
                     keys[receiver, slots + number % group] = local[sender, arrays.send_slot[sender, number]]
         for worker in range(capacity.workers):
             first, last = arrays.work_start[worker, stage : stage + 2]
@@ -146,8 +149,44 @@ def test_rounds_are_partial_permutations_and_few(lengths, config):
     degree = max(outs.max(), ins.max()) if needed else 0
     used = np.flatnonzero((arrays.send_to >= 0).any(0))
     assert plan.balance.degree == degree
-    assert plan.balance.rounds == len(used) <= degree
-    np.testing.assert_array_equal(used, np.arange(len(used)))
+    assert plan.balance.rounds == len(used)
+    if config.rounds == "matchings":
+        assert plan.capacity.shifts == () and len(used) <= degree
+        np.testing.assert_array_equal(used, np.arange(len(used)))
+        return
+    shifts = np.zeros((config.workers, config.workers), np.int64)
+    for sender, receiver, _, _ in needed:
+        shifts[(receiver - sender) % config.workers, sender] += 1
+    assert len(used) == shifts.max(1).sum()
+    assert all(given >= need for given, need in zip(plan.capacity.shifts, shifts.max(1)[1:], strict=True))
+    for sender, number in sent:
+        shift = plan.capacity.shift_of_round[number]
+        assert arrays.send_to[sender, number] == (sender + shift) % config.workers != sender
+
+
+@given(LENGTHS, CONFIGS)
+def test_receivers_know_what_comes_and_where_it_stands(lengths, config):
+    plan = make_plan(lengths, config)
+    where, arrays, group = layout(plan), plan.arrays, plan.capacity.stage_rounds
+    columns = ("slot", "row", "document", "position")
+    for receiver, number in zip(*np.nonzero(arrays.receive_from >= 0)):
+        sender = arrays.receive_from[receiver, number]
+        slot = arrays.receive_slot[receiver, number]
+        ramp = arrays.receive_position[receiver, number] + np.arange(config.block)
+        np.testing.assert_array_equal(where.positions[sender, slot], ramp)
+        np.testing.assert_array_equal(
+            where.segment_ids[sender, slot], arrays.receive_document[receiver, number] + 1
+        )
+        stage = slice(number // group * group, (number // group + 1) * group)
+        # Sorted by the other end, then by round.
+        inbox = sorted((s, r) for r, s in enumerate(arrays.receive_from[receiver, stage]) if s >= 0)
+        outbox = sorted((s, r) for r, s in enumerate(arrays.send_to[sender, stage]) if s >= 0)
+        assert inbox[arrays.send_row[sender, number]] == (sender, number % group)
+        assert outbox[arrays.receive_row[receiver, number]] == (receiver, number % group)
+    for name in columns:
+        idle = arrays.receive_from < 0
+        assert (getattr(arrays, f"receive_{name}")[idle] == -1).all()
+    assert (arrays.send_row[arrays.send_to < 0] == -1).all()
 
 
 def _blocks(plan: Plan) -> tuple[list[int], list[int], list[int]]:
@@ -261,8 +300,9 @@ def test_slow_links_get_as_few_rounds_as_they_can(seed):
     assert plan.balance.cost == pytest.approx(9 * used + (plan.balance.rounds - used))
 
 
-def test_plans_are_pure_and_share_shapes_in_a_capacity(seed):
-    config = PlanConfig(8, block=64)
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_plans_are_pure_and_share_shapes_in_a_capacity(rounds, seed):
+    config = PlanConfig(8, block=64, rounds=rounds)
     plans = [make_plan(draw_lengths("log-normal", 32_768, seed + i), config) for i in range(3)]
     again = make_plan(draw_lengths("log-normal", 32_768, seed), config)
     for one, other in zip(plans[0].arrays, again.arrays):
@@ -278,8 +318,9 @@ def test_plans_are_pure_and_share_shapes_in_a_capacity(seed):
         assert wide.balance.work == plan.balance.work
 
 
-def test_wide_capacities_compute_the_same_pairs():
-    config = PlanConfig(4, block=4, stage_rounds=2)
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_wide_capacities_compute_the_same_pairs(rounds):
+    config = PlanConfig(4, block=4, stage_rounds=2, rounds=rounds)
     capacity = make_plan([90, 7, 3], config).capacity
     lengths = [21, 9, 2, 6]
     plan = make_plan(lengths, config, at_least=capacity)
@@ -305,6 +346,13 @@ def test_kinds_say_what_needs_no_mask():
         (lambda: PlanConfig(2, block=0), "block=0"),
         (lambda: PlanConfig(2, tolerance=-1.0), "tolerance=-1"),
         (lambda: PlanConfig(2, strategy="star"), "star.*fcp, fcp-pairs, ring"),
+        (lambda: PlanConfig(2, rounds="switch"), "switch.*matchings, rotations"),
+        (lambda: Capacity(3, 4, 1, 1, 1, 2, 1, (1,)), r"shifts=\(1,\): must be 2 numbers"),
+        (lambda: Capacity(3, 4, 1, 1, 1, 2, 1, (2, 1)), r"shifts=\(2, 1\): must be at most 2"),
+        (
+            lambda: make_plan([9], PlanConfig(2, block=4), at_least=Capacity(2, 4, 1, 1, 1, 16, 1, (1,))),
+            r"shifts=\(1,\): must be 0 numbers",
+        ),
         (lambda: Links(node=-1), "node=-1"),
         (lambda: Links(between=0.0), "between=0"),
         (lambda: draw_lengths("zipf", 10, 0), "zipf.*log-normal"),
