@@ -1,7 +1,7 @@
 """The arrays of a plan: what a compiled program reads, and the shapes that it is compiled for."""
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Capacity:
 class PlanArrays(NamedTuple):
     """What the compiled program reads; -1 fills what a plan does not use, but for ``length`` and ``work_start``.
 
-    Leading axes are workers, except in ``order``. Keys and values of a worker are addressed by one number: slot s as s,
+    NumPy's on the host, JAX's in a program. Leading axes are workers, except in ``order``. Keys and values of a worker are addressed by one number: slot s as s,
     and what round r brings as S + r % stage_rounds, until the next stage overwrites it.
 
     Attributes:
@@ -105,24 +105,24 @@ class PlanArrays(NamedTuple):
         work_start: i32[N, stages + 2]: entries [t] to [t + 1] need what stages up to t have brought, t = 0 nothing.
     """
 
-    slot: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-    document: np.ndarray
-    position: np.ndarray
-    start: np.ndarray
-    previous: np.ndarray
-    order: np.ndarray
-    send_slot: np.ndarray
-    send_to: np.ndarray
-    send_row: np.ndarray
-    receive_from: np.ndarray
-    receive_slot: np.ndarray
-    receive_row: np.ndarray
-    receive_document: np.ndarray
-    receive_position: np.ndarray
-    work: np.ndarray
-    work_start: np.ndarray
+    slot: Any
+    offset: Any
+    length: Any
+    document: Any
+    position: Any
+    start: Any
+    previous: Any
+    order: Any
+    send_slot: Any
+    send_to: Any
+    send_row: Any
+    receive_from: Any
+    receive_slot: Any
+    receive_row: Any
+    receive_document: Any
+    receive_position: Any
+    work: Any
+    work_start: Any
 
 
 @dataclass(frozen=True)

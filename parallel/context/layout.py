@@ -1,6 +1,6 @@
 """Token by token what a plan says block by block: for programs that gather a packed batch into workers' slots."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from parallel.context.plan import Plan
 
 
 class Layout(NamedTuple):
-    """Arrays over workers' slots.
+    """Arrays over workers' slots, NumPy's on the host and JAX's in a program.
 
     Attributes:
         index: i32[N, S, block], the place of each token in the concatenation of all documents; -1 = padding.
@@ -16,9 +16,9 @@ class Layout(NamedTuple):
         positions: i32[N, S, block], in the document; 0 at padding.
     """
 
-    index: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
+    index: Any
+    segment_ids: Any
+    positions: Any
 
 
 def layout(plan: Plan) -> Layout:
