@@ -14,15 +14,25 @@ from parallel.context.lengths import DISTRIBUTIONS, draw_lengths
 from parallel.context.placement import STRATEGIES, Strategy
 from parallel.context.plan import Balance, Plan, PlanConfig, make_plan
 from parallel.context.rounds import ROUNDS, Links, Rounds
+from parallel.context.traffic import compiled_bytes, planned_bytes
 
 if TYPE_CHECKING:
+    from parallel.context.attention import context_attention
     from parallel.context.exchange import BACKENDS, Exchange, own, plan_specs
+    from parallel.context.reshuffle import from_slots, to_slots
+    from parallel.context.ulysses import shares, ulysses_attention, ulysses_plan
 
 _HOMES = {
     "BACKENDS": "exchange",
     "Exchange": "exchange",
+    "context_attention": "attention",
+    "from_slots": "reshuffle",
     "own": "exchange",
     "plan_specs": "exchange",
+    "shares": "ulysses",
+    "to_slots": "reshuffle",
+    "ulysses_attention": "ulysses",
+    "ulysses_plan": "ulysses",
 }
 
 __all__ = [
@@ -44,13 +54,21 @@ __all__ = [
     "PlanConfig",
     "Rounds",
     "Strategy",
+    "compiled_bytes",
+    "context_attention",
     "contiguous_lanes",
     "draw_lengths",
+    "from_slots",
     "layout",
     "make_lanes",
     "make_plan",
     "own",
     "plan_specs",
+    "planned_bytes",
+    "shares",
+    "to_slots",
+    "ulysses_attention",
+    "ulysses_plan",
 ]
 
 

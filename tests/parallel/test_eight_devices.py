@@ -21,6 +21,11 @@ def run(file: str, marker: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", ["check_exchange.py"])
+@pytest.mark.parametrize("file", ["check_exchange.py", "check_attention.py", "check_programs.py"])
 def test_on_eight_devices(file):
     run(file, "not slow")
+
+
+@pytest.mark.slow
+def test_more_workers_and_shapes():
+    run("check_attention.py", "slow")
