@@ -20,8 +20,6 @@ CASES = [(name, dtype) for name in SMALL if name != "mixed" for dtype in ("float
 COPIES = {"copy", "convert", "transpose", "concatenate", "select"}
 # What only names an array.
 GIVEN = {"parameter", "get-tuple-element"}
-# Their periodic work still writes the floats of bfloat16 pools out, in the branch that does it.
-PERIODIC = ("Tactic", "RKV")
 # Each compiles a program of its own; the others run with ``-m slow``.
 QUICK = [("Quest", "bfloat16"), ("RKV", "int4"), ("Pillar", "bfloat16")]
 
@@ -60,10 +58,7 @@ def test_paged_pools_are_updated_in_place(name, dtype):
     text = step.as_text()
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
     assert aliases and aliases[1].count("alias") >= len(jax.tree.leaves(cache))
-    found = whole_pools(cache, text)
-    if name in PERIODIC:
-        found = {op for op in found if not op.startswith("floats")}
-    assert not found
+    assert not whole_pools(cache, text)
 
 
 @pytest.mark.parametrize(("name", "dtype"), QUICK)

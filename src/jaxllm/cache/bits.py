@@ -25,8 +25,3 @@ def store(value: Array, dtype: Any) -> Array:
 def load(stored: Array) -> Array:
     """The floats of what a pool keeps."""
     return stored if stored.dtype != jnp.uint16 else jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
-
-
-def gather(pool: Array, *index: Any) -> Array:
-    """``pool[index]`` of a pool of floats that stands as such in a view: gathered as its bits."""
-    return load(store(pool, stored_dtype(pool.dtype))[index])

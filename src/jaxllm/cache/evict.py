@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxllm.cache.bits import store
-from jaxllm.cache.paged import PagedState, put_pages, readable
+from jaxllm.cache.paged import PagedState, put_pages
 from jaxllm.cache.policies.base import Keep
 from jaxllm.cache.view import View
 
@@ -23,8 +23,8 @@ def maintained(
     rows = rows & able & (view.slots < state.layout.slots)
 
     def work(state: PagedState) -> PagedState:
-        # Floats would have to be written out, whole pools of them, to enter the branch.
-        inside = replace(view, k_pages=readable(state.k), v_pages=readable(state.v))
+        # The branch's own pools: those of ``view`` would enter it beside them.
+        inside = replace(view, k_pages=state.k, v_pages=state.v)
         memory, keep = state.policy.maintain(state.memory, inside, rows)
         state = replace(state, memory=memory)
         return state if keep is None else _rewritten(state, inside, keep, rows)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.cache.bits import gather
+from jaxllm.cache.bits import load
 from pallas_kernels.paged_attention import QuantizedPages, dequantize_pages
 
 
@@ -55,7 +55,7 @@ class View:
         table: i32[B, n], physical page of each page of the slot; n may be below ``Layout.pages_per_slot`` where the
             step reads less.
         sealed: i32[B], tokens in pages; a multiple of the page size.
-        k_pages: pool [P, K, page, d], floats or QuantizedPages.
+        k_pages: pool [P, K, page, d] as the cache keeps it: floats, bfloat16 as its bits, or QuantizedPages.
         v_pages: as k_pages.
         tail_k: [B, K, t, d], the open tail.
         tail_v: as tail_k.
@@ -110,7 +110,7 @@ class View:
 
     def _all(self, pages: Any, tail: Any) -> Any:
         heads, d = tail.shape[1], tail.shape[3]
-        taken = jax.tree.map(lambda pool: gather(pool, self.table), pages)
+        taken = jax.tree.map(lambda pool: load(pool[self.table]), pages)
         if isinstance(taken, QuantizedPages):
             # [B, n, K, page, d] has one axis more than a pool.
             flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), taken)
@@ -132,7 +132,7 @@ class View:
 
         def pick(pool: Any) -> Any:
             # Scales per channel have one row for the whole page.
-            return gather(pool, physical, head, jnp.minimum(number % self.page, pool.shape[2] - 1))
+            return load(pool[physical, head, jnp.minimum(number % self.page, pool.shape[2] - 1)])
 
         taken = jax.tree.map(pick, pages)
         if isinstance(taken, QuantizedPages):

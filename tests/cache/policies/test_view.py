@@ -1,11 +1,14 @@
 """A view shows stored tokens in order, wherever their pages lie."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllm.cache.bits import store
 from tests.cache.policies.views import layout, view
 
 
@@ -41,3 +44,20 @@ def test_quantised_pages_are_shown_as_attention_multiplies_them(bits: int):
     np.testing.assert_array_equal(
         seen.read_keys(tokens)[1, 0], np.asarray(seen.keys())[1, 0, np.asarray([17, 15])]
     )
+
+
+def test_pages_that_are_bits_of_bfloat16_are_shown_as_their_floats():
+    rng, sizes = np.random.default_rng(0), layout()
+    k, v = rng.normal(size=(2, 2, 2, sizes.tokens, 8)).astype(np.float32)
+    floats = view(sizes, k, v, [11, 18], rng)
+    seen = replace(
+        floats, k_pages=store(floats.k_pages, jnp.uint16), v_pages=store(floats.v_pages, jnp.uint16)
+    )
+    rounded = np.asarray(jnp.asarray(k).astype(jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(seen.keys()[0, :, :8], rounded[0, :, :8])
+    # The open tail is as it was.
+    np.testing.assert_array_equal(seen.keys()[0, :, 8:11], k[0, :, 8:11])
+    tokens = jnp.asarray([[[3, 10], [8, 0]], [[17, 15], [16, -1]]])
+    rounded = np.asarray(jnp.asarray(v).astype(jnp.bfloat16), np.float32)
+    wanted = np.stack([v[1, 0, 17], rounded[1, 0, 15]])
+    np.testing.assert_array_equal(seen.read_values(tokens)[1, 0], wanted)
