@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm import KVCache, Pillar, Policy, Quest
+from jaxllm import H2O, KVCache, Pillar, Policy, Quest
 from jaxllm.cache.apply import applied, init_snapshots
 from jaxllm.cache.paged import PagedState
 from jaxllm.cache.state import init_cache
@@ -29,19 +29,24 @@ CFG = ModelConfig(
 )
 #: One layer with arrays of pages, one with arrays of slots.
 POLICY = Policy(overrides=((0, Quest(budget=1.0, dense_layers=())), (1, Pillar(budget=1.0))))
+#: What evicts has pages of its own: two groups.
+EVICTING = Policy(overrides=((0, Quest(budget=1.0, dense_layers=())), (1, H2O(heavy=4, recent=4, buffer=2))))
 APPLY = jax.jit(applied)
 
 
-def filled(seed: int, dtype: str):
-    """A cache and snapshots of random numbers, with a table of random pages."""
+def filled(seed: int, dtype: str, policy: Policy = POLICY):
+    """A cache and snapshots of random numbers, with tables of random pages; a second group has two pages less."""
     rng = np.random.default_rng(seed)
-    cache = init_cache(CFG, S, CAPACITY, KVCache(dtype, PAGE), POLICY, (P,))
+    pages = (P,) if policy is POLICY else (P, P - 2)
+    cache = init_cache(CFG, S, CAPACITY, KVCache(dtype, PAGE), policy, pages)
     fill = lambda leaf: jnp.asarray(rng.integers(1, 99, leaf.shape), leaf.dtype)  # noqa: E731
     layers, snapshots = jax.tree.map(fill, (cache.layers, init_snapshots(cache, R)))
-    table = jnp.asarray(np.stack([rng.permutation(P)[:N] for _ in range(S)]), jnp.int32)
-    sealed = jnp.asarray(rng.integers(0, N + 1, S) * PAGE, jnp.int32)
-    group = replace(cache.groups[0], table=table, length=sealed + 1, sealed=sealed)
-    return replace(cache, layers=layers, groups=(group,)), snapshots
+    groups = []
+    for group, count in zip(cache.groups, pages):
+        table = jnp.asarray(np.stack([rng.permutation(count)[:N] for _ in range(S)]), jnp.int32)
+        sealed = jnp.asarray(rng.integers(0, N + 1, S) * PAGE, jnp.int32)
+        groups.append(replace(group, table=table, length=sealed + 1, sealed=sealed))
+    return replace(cache, layers=layers, groups=tuple(groups)), snapshots
 
 
 def slot_of(source: int, pool: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -120,28 +125,42 @@ def test_an_update_is_its_instructions(dtype, seed):
     same(APPLY(cache, snapshots, update), reference(cache, snapshots, update))
 
 
+@pytest.mark.parametrize("policy", [POLICY, EVICTING], ids=["one group", "two groups"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_slot_comes_back_in_another_one_and_in_other_pages(dtype, rng):
-    cache, _ = filled(5, dtype)
-    old = cache.groups[0]
+def test_a_slot_comes_back_in_another_one_and_in_other_pages(dtype, policy, rng):
+    cache, _ = filled(5, dtype, policy)
+    # Three sealed pages, and one where there is another group.
+    groups = (
+        replace(g, length=g.length.at[1].set(n * PAGE + 1), sealed=g.sealed.at[1].set(n * PAGE))
+        for g, n in zip(cache.groups, (3, 1))
+    )
+    cache = replace(cache, groups=tuple(groups))
     contents = jax.device_get(jax.jit(parked)(cache, np.int32(1)))
-    kept = np.asarray(old.table)[1, : int(old.sealed[1]) // PAGE]
-    free = [page for page in range(P) if page not in kept]
-    # The new row names one page more than is sealed, which must stay as it is.
-    row = np.full(N, P, np.int32)
-    row[: len(kept) + 1] = rng.permutation(free)[: min(len(kept) + 1, N)]
-    moved = replace(cache, groups=(replace(old, table=old.table.at[2].set(row)),))
+    kept, rows, groups = [], [], []
+    for old, pages in zip(cache.groups, (P, P - 2)):
+        kept.append(np.asarray(old.table)[1, : int(old.sealed[1]) // PAGE])
+        free = [page for page in range(pages) if page not in kept[-1]]
+        # The new row names one page more than is sealed, which must stay as it is.
+        row = np.full(N, pages, np.int32)
+        row[: len(kept[-1]) + 1] = rng.permutation(free)[: min(len(kept[-1]) + 1, N)]
+        rows.append(row)
+        groups.append(replace(old, table=old.table.at[2].set(row)))
+    moved = replace(cache, groups=tuple(groups))
     after = jax.jit(unparked)(moved, np.int32(2), contents)
     again = jax.device_get(jax.jit(parked)(after, np.int32(2)))
     same((again.tails, again.states, again.lengths), (contents.tails, contents.states, contents.lengths))
-    for mine, wanted in zip(jax.tree.leaves(again.pages), jax.tree.leaves(contents.pages)):
-        np.testing.assert_array_equal(mine[: len(kept)], wanted[: len(kept)])
-    # All other pages and slots are as they were.
-    written = row[: len(kept)]
-    for before, then in zip(cache.layers, after.layers):
+    for before, then, taken in zip(cache.layers, after.layers, contents.pages):
         if isinstance(then, PagedState):
-            for a, b in zip(jax.tree.leaves((before.k, before.v)), jax.tree.leaves((then.k, then.v))):
-                np.testing.assert_array_equal(np.delete(a, written, 0), np.delete(b, written, 0))
+            of_pages = [jax.tree.leaves((s.k, s.v, s.memory.per_page)) for s in (before, then)]
+            count, source = len(kept[then.group]), kept[then.group]
+            written = rows[then.group][:count]
+            for old, new, carried in zip(*of_pages, jax.tree.leaves(taken), strict=True):
+                np.testing.assert_array_equal(np.asarray(old)[source], carried[:count])
+                np.testing.assert_array_equal(np.asarray(old)[source], np.asarray(new)[written])
+                # All other pages and slots are as they were.
+                np.testing.assert_array_equal(np.delete(old, written, 0), np.delete(new, written, 0))
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(then)):
             if len(a) == S:
                 np.testing.assert_array_equal(np.delete(a, 2, 0), np.delete(b, 2, 0))
+    for old, new in zip(moved.groups, after.groups):
+        assert int(new.length[2]) == int(old.length[1]) and int(new.sealed[2]) == int(old.sealed[1])

@@ -120,6 +120,44 @@ def test_a_report_starts_anew_and_changes_no_token():
     assert kept[0].token_ids == kept[1].token_ids == plain.token_ids
 
 
+def test_figures_of_taps_by_hand():
+    """Two calls, rows that end, heads that differ: every figure from the steps that were taken, of all heads."""
+    cfg = hybrid("*M*")
+    cache = init_cache(cfg, 2, 32, KVCache("float32", PAGE), Quest(budget=12, dense_layers=(0,)))
+    report = KVReport(recall=True)
+    report.begin(cfg, cache)
+    rng = np.random.default_rng(0)
+    seen = {"kv_read": [], "kv_stored": [], "kv_recall": []}
+    for tokens in (np.array([[5, 7], [6, -1], [-1, -1]]), np.array([[3, -1]])):
+        shape = (len(tokens), 2, 2, K)
+        stored = np.broadcast_to(rng.integers(9, 30, shape[:3])[..., None], shape)
+        # Where all is read nothing is left to differ.
+        read = stored - rng.integers(0, 5, shape) * PAGE // 4
+        aux = {"kv_read": read, "kv_stored": stored, "kv_recall": rng.uniform(0.1, 0.9, shape)}
+        report.add(tokens, aux)
+        for name, values in aux.items():
+            seen[name] += [values[step, :, row] for step, row in zip(*np.nonzero(tokens >= 0))]
+    read, stored, recall = (np.stack(each) for each in seen.values())
+    assert report.steps == len(read) == 4
+    np.testing.assert_array_equal(report.stored_tokens(), stored[..., 0])
+    columns = [
+        layer.keys_values(read[:, at], stored[:, at]) + layer.of_policy(stored[:, at])
+        for at, layer in enumerate((traffic(cache.layers[0]), traffic(cache.layers[2])))
+    ]
+    np.testing.assert_array_equal(report.read_bytes(), np.stack(columns, axis=1))
+    for at, layer in enumerate(report.layers):
+        assert layer.stored == stored[:, at].mean() and layer.most_stored == stored[:, at].max()
+        assert layer.read == read[:, at].mean()
+        assert layer.selected == read[:, at].sum() / stored[:, at].sum()
+        assert layer.recall == recall[:, at].mean() and layer.least_recall == recall[:, at].min()
+    assert report.layers[1].policy_bytes > 0
+    told = report.to_dict()
+    assert told["steps"] == 4
+    both = told["policy_bytes_per_step"] + told["read_bytes_per_step"]
+    assert both == pytest.approx(report.read_bytes().sum(axis=1).mean())
+    assert told["policy_bytes_per_step"] == report.layers[1].policy_bytes
+
+
 def test_no_attention_no_layers():
     from tests.generation.conftest import parameters
 
