@@ -69,9 +69,19 @@ def story(branch: int, length: int) -> list[int]:
 
 
 class Machine(RuleBasedStateMachine):
-    @initialize(name=st.sampled_from(sorted(CACHES)))
-    def start(self, name):
+    @initialize(
+        name=st.sampled_from(sorted(CACHES)),
+        warm=st.sampled_from([True, True, True, False]),
+        branch=st.integers(0, 3),
+        length=st.integers(5, 12),
+        stays=st.booleans(),
+    )
+    def start(self, name, warm, branch, length, stays):
         self.world = World(*CACHES[name])
+        if warm:
+            # Hypothesis leaves some rules out of each machine: what is shared must not hang on which.
+            self.serve(branch, length, (0, 0), stays)
+            self.serve_again()
 
     def pick(self, number):
         """A live request."""
@@ -182,8 +192,7 @@ def test_ten_thousand_operations(seed):
     counted = run(10_000, seed)
     # The machine reaches what it is about: refusals and shared prefixes are no rarities.
     assert counted["full"] > 100
-    # Over 48 seeds 72 to 1,465 tokens, the median at 450.
-    assert counted["shared"] > 20
+    assert counted["shared"] > 100
 
 
 @pytest.mark.nightly
