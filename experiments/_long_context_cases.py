@@ -13,7 +13,7 @@ from jaxllm.cache.traffic import held
 
 DTYPES = ("compute", "int8", "int4")
 BUDGETS = {
-    "quick": (1 / 16, 1.0),
+    "quick": (1 / 16,),
     "one": (1 / 16,),
     "default": (1 / 64, 1 / 16, 1 / 8, 1.0),
     "full": tuple(2.0**-i for i in range(6, -1, -1)),

@@ -70,7 +70,8 @@ def trained_jobs(model: LanguageModel, grid: str) -> list[Job]:
     """Tasks of a model that reads text: those of ``experiments/long_tasks.py``, and the standard library."""
     tasks = importlib.import_module("experiments.long_tasks").TASKS
     sizes = {
-        "quick": [("recall", 512, 1, "quick"), (TEXT, 512, 1, "quick")],
+        # Both fill the same pages, so that one program of each policy serves them.
+        "quick": [("recall", 512, 1, "quick"), (TEXT, 384, 1, "quick")],
         "default": [
             ("recall", 2048, 24, "default"),
             ("arithmetic", 512, 6, "default"),

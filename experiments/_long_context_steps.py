@@ -4,8 +4,9 @@ A prompt's prefill is the same under all policies until it ends: nothing is sele
 end. So one prefill without the prompt's last tokens serves many policies: each gets a copy, and reads the rest itself.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ PAGE = 16
 CHUNK = 512
 # Tokens of a prompt that every policy reads itself: more than any looks back to at a prompt's end.
 LAST = 64
+# Least room for steps of a program: a question and a piece of text are served by the same.
+STEPS = 128
 TAPS = frozenset({"kv_read", "kv_stored", "kv_recall"})
 
 
@@ -65,6 +68,18 @@ class Begun:
     cache: Cache
     read: int
     rest: list[int]
+
+
+@contextlib.contextmanager
+def compiled_quickly(wanted: bool) -> Iterator[None]:
+    """Programs that are ready sooner and run slower, where ``wanted``: short contexts spend their time compiling."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, wanted or before)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _power_of_two(value: int) -> int:
@@ -145,7 +160,7 @@ class Reader:
             ``len(given) + new - 1`` steps, or ``len(given)`` without new ones.
         """
         steps = len(given) + max(new - 1, 0)
-        width = _power_of_two(max(steps, 4))
+        width = _power_of_two(max(steps, STEPS))
         row = np.zeros(width, np.int32)
         row[: len(given)] = given
         cache = jax.tree.map(jnp.copy, cache) if keep else cache

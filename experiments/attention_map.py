@@ -26,7 +26,7 @@ from rich.progress import track
 from experiments import _retrieval_model as built
 from experiments._long_context_cases import WINDOW, policies
 from experiments._long_context_data import Texts
-from experiments._long_context_steps import PAGE, Reader
+from experiments._long_context_steps import PAGE, Reader, compiled_quickly
 from jaxllm import H2O, Policy, Tactic
 from jaxllm.cache.policies.base import PolicyState, Seen
 from jaxllm.cache.view import View
@@ -269,12 +269,13 @@ def main(argv: list[str] | None = None) -> int:
     length, steps = SIZES["quick" if options.quick else "full" if options.full else "default"]
     reader = Reader(model)
     layer = reader.layers - 1 if options.layer is None else options.layer
-    maker = Cartographer(reader, *text_of(model, length, steps), layer)
-    chosen = policies(options.budget, maker.mass.shape[2], reader.layers) | {"tactic": Tactic()}
-    names = QUICK if options.quick else tuple(name for name in chosen if name != WINDOW)
-    maps = {"dense": maker.dense()}
-    for name in track(names, "policies"):
-        maps[name] = maker.map(chosen[name])
+    with compiled_quickly(options.quick):
+        maker = Cartographer(reader, *text_of(model, length, steps), layer)
+        chosen = policies(options.budget, maker.mass.shape[2], reader.layers) | {"tactic": Tactic()}
+        names = QUICK if options.quick else tuple(name for name in chosen if name != WINDOW)
+        maps = {"dense": maker.dense()}
+        for name in track(names, "policies"):
+            maps[name] = maker.map(chosen[name])
     folder = ROOT / "runs" if options.quick else RESULTS
     out = options.out or folder / "attention_map.png"
     out.parent.mkdir(parents=True, exist_ok=True)

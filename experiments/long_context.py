@@ -2,9 +2,9 @@
 
 Command:  python -m experiments.long_context [--model FOLDER] [--quick | --full] [--out FILE]
           Without a folder: a retrieval model by construction, and the trained models of experiments/checkpoints that
-          are there.
-Time:     not taken in full yet; --quick half a minute on idle cores once compiled, the default within the hour for the
-          built model. It takes up where it stopped (runs/long_context), and --report shows what there is by then.
+          are there (not with --quick).
+Time:     not taken in full yet; --quick half a minute on idle cores, the default within the hour for the built model.
+          It takes up where it stopped (runs/long_context), and --report shows what there is by then.
 Expected: dense attention answers everything; what evicts forgets what is asked later, and answers about as often as its
           budget is large; what selects by the question finds more.
 
@@ -30,7 +30,7 @@ from rich.progress import Progress
 from experiments._long_context_cases import Variant, held_bytes, variants
 from experiments._long_context_data import Job, built_jobs, fingerprint, trained_jobs
 from experiments._long_context_report import draw, show
-from experiments._long_context_steps import Begun, Reader
+from experiments._long_context_steps import Begun, Reader, compiled_quickly
 from experiments._long_context_verdicts import TEXT, Figures, aggregated, left_out, verdicts
 from experiments._retrieval_model import TokenSample, retrieval_model
 from jaxllm import H2O
@@ -188,13 +188,13 @@ def model_report(
     }
 
 
-def models(folder: Path | None) -> Iterator[tuple[str, LanguageModel]]:
-    """Names and models: that of ``folder``, or the built one and those that are shipped."""
+def models(folder: Path | None, shipped: bool) -> Iterator[tuple[str, LanguageModel]]:
+    """Names and models: that of ``folder``, or the built one and, if asked for, those that are shipped."""
     if folder is not None:
         yield folder.name, load(folder)
         return
     yield BUILT, retrieval_model()
-    for place in sorted(SHIPPED.glob("*/config.json")):
+    for place in sorted(SHIPPED.glob("*/config.json")) if shipped else ():
         yield place.parent.name, load(place.parent)
 
 
@@ -221,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, Any] = {}
     if out.is_file():
         found = json.loads(out.read_text(encoding="utf-8"))["models"]
-    with Progress() as progress:
-        for name, model in models(options.model):
+    with Progress() as progress, compiled_quickly(options.quick):
+        for name, model in models(options.model, shipped=not options.quick):
             bar = None if options.report else progress
             found[name] = model_report(name, model, grid, runs, bar) | {"grid": grid}
             write(out, found)

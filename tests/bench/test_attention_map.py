@@ -1,29 +1,13 @@
 """The attention map: what it draws is what attention reports to have read."""
 
-import functools
 import json
 
 import numpy as np
 import pytest
 
-from experiments import _retrieval_model as built
 from experiments import attention_map
-from experiments._long_context_cases import policies
-from experiments._long_context_steps import Reader
-from jaxllm import H2O, Tactic
-
-LENGTH = 200
-CHOSEN = policies(1 / 4, LENGTH, 2) | {"tactic": Tactic(mass=0.5)}
-
-
-@functools.cache
-def sample():
-    return built.recall(np.random.default_rng(0), LENGTH, 6)
-
-
-@functools.cache
-def reader():
-    return Reader(built.retrieval_model())
+from jaxllm import H2O
+from tests.bench.retrieval import CHOSEN, LENGTH, reader, sample
 
 
 def test_positions_follow_evictions_and_selections():

@@ -11,21 +11,9 @@ from experiments import _long_context_verdicts as judge
 from experiments import _retrieval_model as built
 from experiments import long_context, render_tables
 from experiments._long_context_cases import policies, variants
-from experiments._long_context_steps import Reader
 from experiments._long_context_verdicts import Figures
-from jaxllm import H2O, KVCache, Policy, Tactic
-
-LENGTH, BUDGET = 200, 1 / 4
-
-
-@functools.cache
-def sample():
-    return built.recall(np.random.default_rng(0), LENGTH, 6)
-
-
-@functools.cache
-def reader():
-    return Reader(built.retrieval_model())
+from jaxllm import H2O, KVCache, Policy
+from tests.bench.retrieval import CHOSEN, LAYERS, LENGTH, chosen, reader, sample
 
 
 @functools.cache
@@ -40,7 +28,6 @@ def engine(policy: Policy, dtype: str, prompt: list[int]):
     )[0]
 
 
-CHOSEN = policies(BUDGET, LENGTH, 2) | {"tactic": Tactic(mass=0.5)}
 QUICK = ("quest", "h2o")
 
 
@@ -70,7 +57,7 @@ def test_a_cache_is_kept_where_it_is_asked_for():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
 def test_everything_read_is_dense(name):
-    policy = (policies(1.0, LENGTH, 2) | {"tactic": Tactic(mass=1.0)})[name]
+    policy = chosen(1.0, 1.0)[name]
     question, answer, _ = sample().questions[1]
     given = [*question, *answer, *question]
     cache = reader().end(begun("compute", isinstance(policy, H2O)), policy)
@@ -88,11 +75,11 @@ def test_sums_cannot_be_made_up():
 def test_every_budget_is_kept():
     """No policy is given more than the others: what evicts stores at most the budget, its buffer included."""
     for budget in (1 / 64, 1 / 16, 1 / 8):
-        for name, policy in policies(budget, 4096, 2).items():
+        for name, policy in policies(budget, 4096, LAYERS).items():
             if policy.evicts and name != "snapkv":
                 assert policy.stored(4096, 4096) == round(4096 * budget), name
-    assert {v.policy for v in variants("default", 4096, 2)} == {*CHOSEN, "dense"}
-    assert variants("default", 4096, 2)[0].policy == "dense"
+    assert {v.policy for v in variants("default", 4096, LAYERS)} == {*CHOSEN, "dense"}
+    assert variants("default", 4096, LAYERS)[0].policy == "dense"
 
 
 def record(policy: str, setting: float, accuracy: float, read: float, **changes):
@@ -181,16 +168,15 @@ def test_the_verdict_on_int4_is_about_perplexity(nll, wanted):
 @pytest.mark.slow
 def test_the_quick_form_runs_and_resumes(tmp_path, monkeypatch):
     out, runs = tmp_path / "long_context.json", tmp_path / "runs"
-    monkeypatch.setattr(long_context, "SHIPPED", tmp_path)
     arguments = ["--quick", "--out", str(out), "--runs", str(runs)]
     assert long_context.main(arguments) == 0
     first = json.loads(out.read_text())["models"][long_context.BUILT]
     dense = [row for row in first["rows"] if row["policy"] == "dense"]
     assert dense and all(row["accuracy"] == 1 for row in dense)
-    full = [row for row in first["rows"] if row["setting"] == 1 and row["policy"] != "dense"]
-    assert {row["policy"] for row in full} == {"window", "quest", "rkv"}
-    assert all(row["accuracy"] == 1 and abs(row["kl"]) < 1e-3 for row in full)
-    assert not first["left_out"] and {row["setting"] for row in first["rows"]} == {1 / 16, 1.0}
+    others = {row["policy"]: row for row in first["rows"] if row["setting"] == 1 / 16}
+    assert set(others) == {"window", "quest", "rkv"} and len(first["rows"]) == 4
+    assert others["quest"]["accuracy"] > others["rkv"]["accuracy"] and others["window"]["accuracy"] < 0.1
+    assert not first["left_out"]
     assert (tmp_path / "long_context.png").stat().st_size > 1000
     (file,) = runs.glob("*.jsonl")
     lines = file.read_text().splitlines()
