@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor", "expert", "stage")
+# Devices along these see other rows.
+ROWS = ("data", "fsdp", "expert")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class MeshShape:
         fsdp: replicas that see other rows and hold a share of the parameters.
         context: shares of one sequence.
         tensor: shares of one layer's matrices.
-        expert: shares of the experts.
+        expert: replicas that see other rows and have a share of the experts.
         stage: shares of the layers.
     """
 
@@ -73,9 +75,14 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices, dtype=object).reshape(shape.sizes), AXES, axis_types=types)
 
 
+def abstract_mesh(shape: MeshShape) -> AbstractMesh:
+    """The mesh without its devices: for counting."""
+    return AbstractMesh(shape.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole: for each [B, ...] leaf of a batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows over every axis whose devices see other rows, everything else whole: for each [B, ...] leaf of a batch."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -85,4 +92,45 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def row_shards(mesh: Mesh) -> int:
     """Shares into which the rows of a batch are cut; must divide the batch size."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): this process holds the i-th of n equal slices of each batch; processes that share rows have the same i.
+
+    Raises:
+        ValueError: the mesh has no device of this process, or its rows are not one slice.
+    """
+    shards = row_shards(mesh)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    places = sorted({index[0].indices(shards)[0] for index in indices if index is not None})
+    count = len(places)
+    if (
+        not places
+        or places != list(range(places[0], places[0] + count))
+        or shards % count
+        or places[0] % count
+    ):
+        raise ValueError(
+            f"mesh: process {jax.process_index()} has the row shares {places} of {shards}, which are not one of equal "
+            "slices; give make_mesh the devices process by process"
+        )
+    return places[0] // count, shards // count
+
+
+def place_rows(mesh: Mesh, batch: Any) -> Any:
+    """Arrays of the whole batch from this process's slice of its rows (:func:`row_share`), NumPy leaves [B / n, ...]."""
+    sharding = batch_sharding(mesh)
+    share, count = row_share(mesh)
+
+    def placed(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        first = share * len(x)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(count * len(x))
+            return x[start - first : stop - first]
+
+        return jax.make_array_from_callback((count * len(x), *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(placed, batch)

@@ -67,6 +67,19 @@ AnyAxis = Axis | Product | Concat
 Axes = tuple[AnyAxis, ...]
 
 
+def described(axis: AnyAxis) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """``axis`` as plain tuples, for floors below: segments one after the other, each a product of (name, size)."""
+    if isinstance(axis, Axis):
+        return (((axis.name, axis.size),),)
+    if isinstance(axis, Concat):
+        return tuple(segment for part in axis.parts for segment in described(part))
+    factors: list[tuple[str, int]] = []
+    for part in axis.parts:
+        (segment,) = described(part)
+        factors += segment
+    return (tuple(factors),)
+
+
 def shape(axes: Axes) -> tuple[int, ...]:
     """The array shape that ``axes`` describe."""
     return tuple(axis.size for axis in axes)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxllm.axes import Axes
 from jaxllm.config import Precision
 from pallas_kernels.precision import contract
+from parallel.sharding import Placement
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Context:
         drafting: what this call adds to the cache may be rolled back.
         implementation: of the kernels; "auto" lets the dispatcher choose.
         rng: key for stochastic weights.
+        placement: of a step that several devices share: the call is under ``shard_map``, rows and parameters are this
+            device's shares (:mod:`jaxllm.model.shares`). None: everything is here.
     """
 
     precision: Precision = field(default_factory=Precision)
@@ -37,6 +40,7 @@ class Context:
     drafting: bool = False
     implementation: str = "auto"
     rng: Any = None
+    placement: Placement | None = None
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from hf_parity import Expected, assert_close
 
 import jaxllm.model.attention
 from jaxllm.config import ModelConfig
+from jaxllm.linear import Context
 from jaxllm.model.functional import LanguageModel, flatten, map_named
 from jaxllm.model.layers import GatedRMSNorm, normalised
 from jaxllm.model.mamba import Mamba
@@ -60,7 +61,7 @@ def _swap(first: str, second: str) -> Mutant:
 def norm_before_gate(model: LanguageModel, patch: pytest.MonkeyPatch) -> LanguageModel:
     """Gated norm in the order of Qwen3-Next."""
 
-    def call(self: GatedRMSNorm, y: jax.Array, z: jax.Array) -> jax.Array:
+    def call(self: GatedRMSNorm, y: jax.Array, z: jax.Array, ctx: Context) -> jax.Array:
         u = normalised(y.reshape(*y.shape[:-1], self.groups, -1), self.eps).reshape(y.shape)
         return u * self.weight[...] * jax.nn.silu(z)
 

@@ -27,7 +27,7 @@ def test_sizes_are_positive_integers():
     assert MeshShape(data=2, fsdp=3, stage=2).size == 12
 
 
-def test_rows_go_over_data_and_fsdp():
+def test_rows_go_over_data_fsdp_and_expert():
     mesh = make_mesh(MeshShape(), jax.devices()[:1])
-    assert batch_sharding(mesh).spec == jax.P(("data", "fsdp"))
+    assert batch_sharding(mesh).spec == jax.P(("data", "fsdp", "expert"))
     assert replicated(mesh).is_fully_replicated

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from math import log
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,10 @@ from jaxllm.data.loader import validation_batches
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.tokens import TokenCorpus
 from jaxllm.model.functional import Params, abstract_params
+from jaxllm.train.placement import param_shardings
 from jaxllm.train.step import make_eval_step
+from parallel.mesh import place_rows, row_share
+from parallel.sharding import Placement
 
 
 class Validation:
@@ -28,6 +32,7 @@ class Validation:
         batch_size: int,
         seq_len: int,
         part: int,
+        place: Placement | None = None,
     ):
         """Makes the batches; compiles nothing yet.
 
@@ -38,20 +43,34 @@ class Validation:
             batch_size: rows of a batch.
             seq_len: tokens of a row.
             part: tokens of :meth:`partial`, at least one batch, spread evenly.
+            place: of the parameters; every process then reads its own rows.
         """
-        self.cfg = cfg
-        self.batches: list[PackedBatch] = list(validation_batches(tokens, batch_size, seq_len))
+        self.cfg, self.place = cfg, place
+        index, count = (0, 1) if place is None else row_share(place.mesh)
+        share = {"process_index": index, "process_count": count}
+        self.batches: list[PackedBatch] = list(validation_batches(tokens, batch_size, seq_len, **share))
         wanted = max(1, min(len(self.batches), part // (batch_size * seq_len)))
         self.few = [self.batches[int(i)] for i in np.linspace(0, len(self.batches) - 1, wanted).round()]
         self.targets = tokens.n_targets
         self.bits_per_nat = tokens.n_targets / (log(2) * max(1, tokenizer.token_bytes(tokens.tokens)))
         self._step: Callable[..., object] | None = None
+        self._where: Any = None
 
     def compile(self) -> float:
         """Compile ahead; the seconds that it took."""
         begin = time.perf_counter()
-        self._step = make_eval_step(self.cfg).lower(abstract_params(self.cfg), self.batches[0]).compile()
+        params = abstract_params(self.cfg)
+        if self.place is not None:
+            self._where = param_shardings(self.cfg, self.place)
+            params = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params, self._where
+            )
+        step = make_eval_step(self.cfg, place=self.place)
+        self._step = step.lower(params, self._placed(self.batches[0])).compile()
         return time.perf_counter() - begin
+
+    def _placed(self, batch: PackedBatch) -> PackedBatch:
+        return jax.device_put(batch) if self.place is None else place_rows(self.place.mesh, batch)
 
     def partial(self, params: Params, step: int) -> dict[str, float]:
         """The trainer's hook: loss on some of the targets."""
@@ -65,8 +84,11 @@ class Validation:
         if self._step is None:
             self.compile()
         assert self._step is not None
+        if self.place is not None:
+            # A model that was stacked anew may lie elsewhere.
+            params = jax.device_put(params, self._where)
         nats = weight = 0.0
         for batch in batches:
-            sums = jax.device_get(self._step(params, jax.device_put(batch)))
+            sums = jax.device_get(self._step(params, self._placed(batch)))
             nats, weight = nats + float(sums.nats), weight + float(sums.weight)  # type: ignore[attr-defined]
         return nats / weight

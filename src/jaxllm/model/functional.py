@@ -53,14 +53,19 @@ def linear_weights(cfg: ModelConfig) -> frozenset[str]:
     return frozenset(".".join(map(str, (*path, "weight"))) for path, m in modules if isinstance(m, Linear))
 
 
-def init_params(cfg: ModelConfig, seed: int = 0) -> Params:
-    """Freshly initialised parameters (Nemotron-H's scheme), in ``cfg.precision.param``."""
+def init_params(cfg: ModelConfig, seed: int = 0, shardings: Any = None) -> Params:
+    """Freshly initialised parameters (Nemotron-H's scheme), in ``cfg.precision.param``.
 
-    @jax.jit
+    Args:
+        cfg: model.
+        seed: of their values, which do not depend on ``shardings``.
+        shardings: where each is made, as for ``jax.jit``; None: on the default device.
+    """
+
     def build(key: jax.Array) -> Params:
         return split(HybridLM(cfg, rngs=nnx.Rngs(key)))[1]
 
-    return build(jax.random.key(seed))
+    return jax.jit(build, out_shardings=shardings)(jax.random.key(seed))
 
 
 def abstract_params(cfg: ModelConfig) -> Params:

@@ -13,6 +13,7 @@ from jaxllm.model.delta import HeadNorm, scan_inputs
 from jaxllm.model.initial import a_log, centred, dt_bias
 from jaxllm.model.layers import Linear, parameter
 from jaxllm.model.recurrent import Ops, Pass, Recurrent
+from jaxllm.model.shares import split
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.causal_conv.window import causal_conv_window
 from pallas_kernels.gated_delta import gated_delta
@@ -60,12 +61,12 @@ class GatedDelta(Recurrent):
     def _scan_inputs(self, x: Array, qkv: Array, ctx: Context) -> tuple[Array, ...]:
         """q, k, v, g, beta as the delta rule takes them."""
         d, leading = self.cfg, x.shape[:2]
-        beta, decay = self.gate_axis.split(self.gate_proj(x, ctx))
-        q, k, v = self.conv_axis.split(qkv)
+        beta, decay = split(self.gate_axis, self.gate_proj(x, ctx), ctx)
+        q, k, v = split(self.conv_axis, qkv, ctx)
         return scan_inputs(
-            q.reshape(*leading, d.num_heads, d.key_head_dim),
-            k.reshape(*leading, d.num_heads, d.key_head_dim),
-            v.reshape(*leading, d.value_heads, d.value_head_dim),
+            q.reshape(*leading, -1, d.key_head_dim),
+            k.reshape(*leading, -1, d.key_head_dim),
+            v.reshape(*leading, -1, d.value_head_dim),
             decay,
             jax.nn.sigmoid(beta) * (2 if d.allow_neg_eigval else 1),
             self.A_log[...],
@@ -74,7 +75,7 @@ class GatedDelta(Recurrent):
 
     def mix(self, x: Array, conv: Pass, scan: Pass, ctx: Context) -> tuple[Array, Any, Any]:
         """As :meth:`jaxllm.model.recurrent.Recurrent.mix`."""
-        qkv, z = self.in_axis.split(self.in_proj(x, ctx))
+        qkv, z = split(self.in_axis, self.in_proj(x, ctx), ctx)
         qkv, conv_kept = conv(qkv, self.conv_weight[...].astype(qkv.dtype))
         o, scan_kept = scan(*self._scan_inputs(x, qkv, ctx))
         o = self.norm(o, z.reshape(o.shape))

@@ -23,7 +23,9 @@ from jaxllm.model.mlp import MLP
 from jaxllm.model.moe import MoE
 from jaxllm.model.mtp import MTP
 from jaxllm.model.scan import Group, Span, groups_of
+from jaxllm.model.shares import at_hand
 from pallas_kernels.precision import contract
+from parallel.sharding import everything_but_gathered
 
 Aux = dict[str, Any]
 
@@ -106,7 +108,7 @@ class HybridLM(nnx.Module):
             ValueError: no layer of the model knows a tap.
         """
         ctx = ctx or self.context()
-        h = self.embed(batch.tokens, ctx)
+        h = at_hand(self.embed, ctx)(batch.tokens, ctx)
         states: list[Any] = [h]
         reports: list[Aux] = []
         if self.cfg.scan_layers:
@@ -119,7 +121,7 @@ class HybridLM(nnx.Module):
                 h, report = _checkpointed(block, ctx)(h, batch)
                 states.append(h)
                 reports.append(report)
-        return self.norm_f(h), _collect(ctx, states, reports)
+        return at_hand(self.norm_f, ctx)(h), _collect(ctx, states, reports)
 
     def _read_on(
         self,
@@ -176,7 +178,8 @@ class HybridLM(nnx.Module):
         assert self.mtp is not None
         ctx = ctx or self.context()
         block = self.mtp[0 if blocks == 1 else depth - 1]
-        h, states, reports = block(h, self.embed(batch.tokens, ctx), batch, ctx)
+        e = at_hand(self.embed, ctx)(batch.tokens, ctx)
+        h, states, reports = at_hand(block, ctx)(h, e, batch, ctx)
         return h, _collect(ctx, states, reports)
 
     def window(
@@ -255,10 +258,10 @@ def _checkpointed(block: Block, ctx: Context) -> Any:
     """``block`` under the rematerialisation that ``ctx.remat`` names."""
 
     def call(h: Array, batch: PackedBatch) -> tuple[Array, Aux]:
-        return block(h, batch, ctx)
+        return at_hand(block, ctx)(h, batch, ctx)
 
     if ctx.remat == "none":
-        return call
+        return call if ctx.placement is None else jax.checkpoint(call, policy=everything_but_gathered)
     if ctx.remat == "layer":
         return jax.checkpoint(call)
     if ctx.remat == "dots":

@@ -79,13 +79,13 @@ class Jet(Recurrent):
         """q, k, v, g, beta as the delta rule takes them."""
         j, leading = self.cfg, x.shape[:2]
         q, k = (
-            jax.nn.silu(project(x, ctx)).reshape(*leading, j.num_heads, j.key_head_dim)
+            jax.nn.silu(project(x, ctx)).reshape(*leading, -1, j.key_head_dim)
             for project in (self.q_proj, self.k_proj)
         )
         return scan_inputs(
             q,
             k,
-            v.reshape(*leading, j.num_heads, j.value_head_dim),
+            v.reshape(*leading, -1, j.value_head_dim),
             self.a_proj(x, ctx),
             jax.nn.sigmoid(self.b_proj(x, ctx)),
             self.A_log[...],

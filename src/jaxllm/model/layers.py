@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import AnyAxis, Axes, Axis, shape
 from jaxllm.linear import Context, linear
+from jaxllm.model.shares import summed
 
 
 def parameter(axes: Axes, init: jax.nn.initializers.Initializer, rngs: nnx.Rngs, dtype: str) -> nnx.Param:
@@ -24,7 +25,7 @@ class Linear(nnx.Module):
         self.bias = parameter((outputs,), jax.nn.initializers.zeros, rngs, dtype) if bias else None
 
     def __call__(self, x: Float[Array, "B T i"], ctx: Context) -> Float[Array, "B T o"]:
-        y = linear(x, self.weight.get_value(), ctx)
+        y = summed(linear(x, self.weight.get_value(), ctx), self.weight.get_metadata("axes")[-2], ctx)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -35,7 +36,14 @@ class Embedding(nnx.Module):
         self.weight = parameter((vocab, embed), jax.nn.initializers.normal(std), rngs, dtype)
 
     def __call__(self, tokens: Int[Array, "B T"], ctx: Context) -> Float[Array, "B T D"]:
-        return self.weight[...][tokens].astype(ctx.precision.compute)
+        table = self.weight[...]
+        if ctx.placement is None or ctx.placement.size("tensor") == 1:
+            return table[tokens].astype(ctx.precision.compute)
+        # This device has some of the entries; the others give zeros, so that the sum is exact.
+        place = tokens - jax.lax.axis_index("tensor") * len(table)
+        own = (place >= 0) & (place < len(table))
+        found = jnp.where(own[..., None], table[jnp.where(own, place, 0)], 0)
+        return ctx.placement.sum_tensor(found).astype(ctx.precision.compute)
 
 
 def normalised(x: jax.Array, eps: float) -> jax.Array:
@@ -67,7 +75,22 @@ class GatedRMSNorm(nnx.Module):
         self.groups = groups
         self.eps = eps
 
-    def __call__(self, y: Float[Array, "B T D"], z: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, y: Float[Array, "B T D"], z: Float[Array, "B T D"], ctx: Context
+    ) -> Float[Array, "B T D"]:
         u = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-        u = normalised(u.reshape(*u.shape[:-1], self.groups, -1), self.eps).reshape(u.shape)
+        shares = 1 if ctx.placement is None else ctx.placement.size("tensor")
+        if self.groups % shares == 0:
+            u = normalised(u.reshape(*u.shape[:-1], self.groups // shares, -1), self.eps).reshape(u.shape)
+        else:
+            u = u * self._inverse_root(u, shares, ctx)
         return u.astype(z.dtype) * self.weight[...].astype(z.dtype)
+
+    def _inverse_root(self, u: Array, shares: int, ctx: Context) -> Array:
+        """[..., 1]; of the mean square of the group that this device's share of the channels is a part of."""
+        assert ctx.placement is not None
+        each = shares // self.groups
+        mine = jax.nn.one_hot(jax.lax.axis_index("tensor") // each, self.groups)
+        totals = ctx.placement.sum_tensor(jnp.sum(jnp.square(u), axis=-1, keepdims=True) * mine)
+        total = jnp.sum(totals * mine, axis=-1, keepdims=True)
+        return jax.lax.rsqrt(total / (u.shape[-1] * each) + self.eps)

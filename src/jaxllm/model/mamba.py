@@ -13,6 +13,7 @@ from jaxllm.linear import Context
 from jaxllm.model.initial import a_log, centred, dt_bias
 from jaxllm.model.layers import GatedRMSNorm, Linear, parameter
 from jaxllm.model.recurrent import Ops, Pass, Recurrent
+from jaxllm.model.shares import split
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.causal_conv.window import causal_conv_window
 from pallas_kernels.ssd import ssd
@@ -50,27 +51,27 @@ class Mamba(Recurrent):
         self.norm = GatedRMSNorm(inner, groups=m.gate_groups, eps=cfg.norm_eps, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(inner, embed, bias=m.proj_bias, std=cfg.residual_std, dtype=dtype, rngs=rngs)
 
-    def _scan_inputs(self, xBC: Array, dt: Array) -> tuple[Array, ...]:
+    def _scan_inputs(self, xBC: Array, dt: Array, ctx: Context) -> tuple[Array, ...]:
         """x, dt, A, B, C, D as the scan takes them."""
         m = self.cfg
         leading = dt.shape[:2]
-        x, B, C = self.conv_axis.split(xBC)
+        x, B, C = split(self.conv_axis, xBC, ctx)
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         if m.dt_limit != (0.0, float("inf")):
             dt = jnp.clip(dt, *m.dt_limit)
         return (
-            x.reshape(*leading, m.num_heads, m.head_dim),
+            x.reshape(*leading, -1, m.head_dim),
             dt,
             -jnp.exp(self.A_log[...].astype(jnp.float32)),
-            B.reshape(*leading, m.n_groups, m.state_size),
-            C.reshape(*leading, m.n_groups, m.state_size),
+            B.reshape(*leading, -1, m.state_size),
+            C.reshape(*leading, -1, m.state_size),
             self.D[...].astype(jnp.float32),
         )
 
     def mix(self, x: Array, conv: Pass, scan: Pass, ctx: Context) -> tuple[Array, Any, Any]:
         """As :meth:`jaxllm.model.recurrent.Recurrent.mix`."""
-        z, xBC, dt = self.in_axis.split(self.in_proj(x, ctx))
+        z, xBC, dt = split(self.in_axis, self.in_proj(x, ctx), ctx)
         bias = None if self.conv_bias is None else self.conv_bias[...].astype(xBC.dtype)
         xBC, conv_kept = conv(xBC, self.conv_weight[...].astype(xBC.dtype), bias)
-        y, scan_kept = scan(*self._scan_inputs(xBC, dt))
-        return self.out_proj(self.norm(y.reshape(z.shape), z), ctx), conv_kept, scan_kept
+        y, scan_kept = scan(*self._scan_inputs(xBC, dt, ctx))
+        return self.out_proj(self.norm(y.reshape(z.shape), z, ctx), ctx), conv_kept, scan_kept

@@ -1,5 +1,6 @@
 """Mixture of experts: a router, sparse experts (in a latent width, if asked for) and a shared one."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxllm.model.mlp import MLP
 from jaxllm.model.stateless import Stateless
 from pallas_kernels.grouped_matmul import Plan, from_experts, grouped_matmul, plan, to_experts
 from pallas_kernels.precision import contract
+from parallel.experts import AXIS, through_experts
 
 
 class Router(nnx.Module):
@@ -130,8 +132,15 @@ class MoE(Stateless):
     def _routed(self, x: Array, places: Plan, weights: Array, ctx: Context) -> Array:
         z = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x, ctx)
         rows = to_experts(z.reshape(-1, z.shape[-1]), places)
-        y = self.experts(rows, places.sizes, ctx)
+        devices = 1 if ctx.placement is None else ctx.placement.size(AXIS)
+        if ctx.placement is None or devices == 1:
+            y = self.experts(rows, places.sizes, ctx)
+        else:
+            compute = partial(self.experts, ctx=ctx)
+            room = ctx.placement.capacity
+            y = through_experts(rows, places.sizes, compute, devices=devices, capacity=room)
         y = from_experts(y, weights.reshape(-1, self.cfg.top_k), places).reshape(z.shape)
+        y = y if ctx.placement is None else ctx.placement.sum_tensor(y)
         return y if self.fc2_latent_proj is None else self.fc2_latent_proj(y, ctx)
 
     def __call__(
@@ -149,13 +158,19 @@ class MoE(Stateless):
             "expert_counts": lambda: places.sizes,
             "balance_sequence": lambda: balance(jnp.where(valid, shares, 0), ids),
             "balance_batch": lambda: balance(
-                jnp.where(valid, shares, 0).reshape(1, -1, m.num_experts), ids.reshape(1, -1, m.top_k)
+                jnp.where(valid, shares, 0).reshape(1, -1, m.num_experts),
+                ids.reshape(1, -1, m.top_k),
+                None if ctx.placement is None else ctx.placement.sum_rows,
             )[0],
         }
         return y, {name: report() for name, report in reports.items() if name in ctx.taps}
 
 
-def balance(shares: Float[Array, "B T E"], ids: Int[Array, "B T k"]) -> Float[Array, " B"]:
+def balance(
+    shares: Float[Array, "B T E"],
+    ids: Int[Array, "B T k"],
+    total: Callable[[Array], Array] | None = None,
+) -> Float[Array, " B"]:
     """``E sum_e f_e P_e`` of each row: 1 where all experts are chosen equally often, E / k where the same k always are.
 
     f_e is the share of the choices that fell on e, P_e the mean share that the router gave it. Sources: Switch (arXiv
@@ -164,12 +179,15 @@ def balance(shares: Float[Array, "B T E"], ids: Int[Array, "B T k"]) -> Float[Ar
     Args:
         shares: of the router, zero at padding.
         ids: chosen experts; E at padding.
+        total: sums over the devices that have other tokens of the same rows; None: all are here.
     """
     rows, _, experts = shares.shape
     k = ids.shape[-1]
     place = ids + jnp.arange(rows)[:, None, None] * (experts + 1)
     counts = jnp.bincount(place.reshape(-1), length=rows * (experts + 1))
-    counts = counts.reshape(rows, experts + 1)[:, :experts]
+    counts, shared = counts.reshape(rows, experts + 1)[:, :experts], jnp.sum(shares, axis=1)
+    if total is not None:
+        counts, shared = total(counts), total(shared)
     # A row without tokens has no loss.
     tokens = jnp.maximum(jnp.sum(counts, axis=1) / k, 1)
-    return experts / k * jnp.sum(counts * jnp.sum(shares, axis=1), axis=1) / jnp.square(tokens)
+    return experts / k * jnp.sum(counts * shared, axis=1) / jnp.square(tokens)

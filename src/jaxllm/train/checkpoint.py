@@ -33,6 +33,7 @@ from jaxllm.train.stored import (
     read_arrays,
     read_meta,
 )
+from parallel.distributed import agreed
 
 PARAMS = "params."
 
@@ -225,9 +226,12 @@ class Checkpoints:
                 state than ``target``.
         """
         self.wait()
-        sealed = self.steps()
-        step = self._newest_sound(repair)
-        if step is None:
+        # One process looks and repairs; the others follow it.
+        leads = jax.process_index() == 0
+        sealed = len(self.steps()) if leads else 0
+        found = self._newest_sound(repair) if leads else None
+        step, sealed = agreed(-1 if found is None else found, sealed)
+        if step < 0:
             if sealed:
                 raise CheckpointError(
                     f"every checkpoint in {self._steps} is damaged (see the warnings); restore the folder from a "

@@ -48,21 +48,34 @@ class _Spec(NamedTuple):
     grad_hidden: str
     grad_weight: str
     operand: str | None
+    axis: str | None
+
+    def over(self, collective: Any, x: Array) -> Array:
+        """``x`` reduced over the devices that share the vocabulary."""
+        return x if self.axis is None else collective(x, self.axis)
+
+    def first(self, entries: int) -> Any:
+        """The first of the ``entries`` of the vocabulary that this device has."""
+        return 0 if self.axis is None else jax.lax.axis_index(self.axis) * entries
 
 
-def _spec(tied: bool, operand: str | None) -> _Spec:
+def _spec(tied: bool, operand: str | None, axis: str | None) -> _Spec:
     w = "vd" if tied else "dv"
     grad_weight = "btv,btd->vd" if tied else "btd,btv->dv"
-    return _Spec(f"btd,{w}->btv", f"btv,{w}->btd", grad_weight, operand)
+    return _Spec(f"btd,{w}->btv", f"btv,{w}->btd", grad_weight, operand, axis)
 
 
-def _score(logits_BCV, targets_BC, weights_BC, kept=lambda v: v):
+def _score(spec, logits_BCV, targets_BC, weights_BC, kept=lambda v: v):
     """Sums of one chunk, its logsumexp, exp(logits - max) and the sum of that."""
-    top = jnp.max(logits_BCV, axis=-1)
+    top = spec.over(jax.lax.pmax, jnp.max(logits_BCV, axis=-1))
     e_BCV = kept(jnp.exp(logits_BCV - top[..., None]))
-    total = jnp.sum(e_BCV, axis=-1)
+    total = spec.over(jax.lax.psum, jnp.sum(e_BCV, axis=-1))
     lse = top + jnp.log(total)
-    picked = jnp.take_along_axis(logits_BCV, jnp.maximum(targets_BC, 0)[..., None], axis=-1)[..., 0]
+    entries = logits_BCV.shape[-1]
+    place = jnp.maximum(targets_BC, 0) - spec.first(entries)
+    picked = jnp.take_along_axis(logits_BCV, jnp.clip(place, 0, entries - 1)[..., None], axis=-1)[..., 0]
+    if spec.axis is not None:
+        picked = jax.lax.psum(jnp.where((place >= 0) & (place < entries), picked, 0), spec.axis)
     sums = LossSums(
         nats=jnp.sum(weights_BC * (lse - picked)),
         weight=jnp.sum(weights_BC),
@@ -82,7 +95,7 @@ def _value(spec, z_loss, chunks, w):
     def step(total, chunk):
         h_BCD, targets, weights = chunk
         logits = contract(spec.logits, h_BCD, w, operand_dtype=spec.operand)
-        sums, *_ = _score(logits, targets, weights)
+        sums, *_ = _score(spec, logits, targets, weights)
         return jax.tree.map(jnp.add, total, sums), None
 
     sums, _ = jax.lax.scan(step, _zero_sums(), chunks)
@@ -100,9 +113,10 @@ def _loss_fwd(spec, z_loss, chunks, w):
         h_BCD, targets, weights = chunk
         logits = contract(spec.logits, h_BCD, w, operand_dtype=spec.operand)
         # Held: XLA:CPU would take every exponential a second time for the gradient.
-        sums, lse, e, sum_e = _score(logits, targets, weights, hold)
+        sums, lse, e, sum_e = _score(spec, logits, targets, weights, hold)
         scale = hold(weights * (1 + 2 * z_loss * lse) / sum_e)
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+        place = targets - spec.first(logits.shape[-1])
+        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == place[..., None]
         dlogits = e * scale[..., None] - jnp.where(hit, weights[..., None], 0)
         dh = contract(spec.grad_hidden, dlogits, w, operand_dtype=spec.operand, out_dtype=h_BCD.dtype)
         pair = (dlogits, h_BCD) if spec.grad_weight.startswith("btv") else (h_BCD, dlogits)
@@ -117,7 +131,8 @@ def _loss_fwd(spec, z_loss, chunks, w):
 def _loss_bwd(spec, z_loss, residuals, cotangents):
     # The sums are reported, not trained on: only the objective carries a gradient.
     dh, dw, w_like = residuals
-    g = cotangents[0]
+    # Of each device's objective, of which this device's logits are a part; its own dh is a part of the sum.
+    g = spec.over(jax.lax.psum, cotangents[0])
     return (dh * g.astype(dh.dtype), None, None), (dw * g).astype(w_like.dtype)
 
 
@@ -141,6 +156,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     precision: Precision | None = None,
     chunk: int = CHUNK,
+    axis: str | None = None,
 ) -> tuple[Float[Array, ""], LossSums]:
     """Summed next-token loss ``nats + z_loss * z`` and its parts; float32.
 
@@ -155,6 +171,8 @@ def cross_entropy(
         z_loss: weight of logsumexp^2.
         precision: dtypes of the products; None: those of the operands.
         chunk: tokens whose logits exist at once (at least one of each row).
+        axis: mesh axis whose devices share the vocabulary, in order; ``w`` is then this device's share of it, and
+            gradients are those of the sum of the devices' objectives.
 
     Raises:
         ValueError: ``chunk`` or a shape is not as above.
@@ -173,4 +191,4 @@ def cross_entropy(
     chunks = tuple(_chunked(v, count, size) for v in (h, targets, weights))
     if operand is None:
         w = w.astype(h.dtype)
-    return _loss(_spec(tied, operand), z_loss, chunks, w)
+    return _loss(_spec(tied, operand, axis), z_loss, chunks, w)

@@ -1,10 +1,15 @@
 """What training takes on each device, by part; and what to say when it is too much."""
 
 from dataclasses import dataclass
+from math import prod
 
+from jaxllm.axes import described
 from jaxllm.config import GatedDeltaConfig, ModelConfig
-from jaxllm.model.functional import abstract_params, flatten
+from jaxllm.model.functional import param_axes
+from jaxllm.train.placement import check_mesh
 from jaxllm.train.step import StepSettings
+from parallel.mesh import ROWS, MeshShape, abstract_mesh
+from parallel.sharding import Placement
 
 FLOAT = 4
 
@@ -22,6 +27,7 @@ class TrainingMemory:
         moments: both of Adam's, float32.
         gradients: float32; twice with accumulation (the sum and the microbatch's own).
         activations: kept for backward, plus the largest layer that is recomputed.
+        gathered: of the largest sub-block, whose shares come together while it is computed.
         logits: of one chunk, with their gradient, and the gradient of the head.
         batch: the packed integers and weights.
     """
@@ -30,6 +36,7 @@ class TrainingMemory:
     moments: int
     gradients: int
     activations: int
+    gathered: int
     logits: int
     batch: int
 
@@ -97,29 +104,52 @@ def _sub_block(cfg: ModelConfig, letter: str, seq_len: int) -> _Tokenwise:
     )
 
 
+def _stored(cfg: ModelConfig, mesh: MeshShape) -> tuple[int, int]:
+    """Parameters that a device holds, and those of the largest sub-block that it gathers."""
+    place = Placement(abstract_mesh(mesh))
+    held, blocks = 0, dict[str, int]()
+    for name, axes in param_axes(cfg.replace(scan_layers=False)).items():
+        count = prod(axis.size for axis in axes)
+        at_rest = [described(axis) for axis in axes]
+        cut = place.shares(at_rest)
+        held += count // cut
+        block = ".".join(name.split(".")[:2])
+        own = count // place.shares_at_hand(at_rest)
+        blocks[block] = blocks.get(block, 0) + (own if own > count // cut else 0)
+    return held, max(blocks.values())
+
+
 def estimate_training_memory(
-    cfg: ModelConfig, batch: int, seq: int, devices: int = 1, settings: StepSettings | None = None
+    cfg: ModelConfig,
+    batch: int,
+    seq: int,
+    mesh: MeshShape | int = 1,
+    settings: StepSettings | None = None,
 ) -> TrainingMemory:
-    """Memory of one device in data-parallel training: rows are shared out, the state is whole on each.
+    """Memory of one device: its rows, its share of the state, and the largest sub-block that it gathers.
 
     Args:
         cfg: model.
         batch: rows of a whole step.
         seq: tokens of a row.
-        devices: devices that share the rows.
+        mesh: devices along each axis, or devices along ``data``.
         settings: accumulation, rematerialisation and loss chunk.
 
     Raises:
-        ValueError: the rows of a step do not cut into ``devices * accum_steps`` equal parts.
+        ConfigError: the model does not fit the mesh.
+        ValueError: the rows of a step do not cut into equal parts for the devices and ``accum_steps``.
     """
     settings = settings or StepSettings()
+    mesh = MeshShape(data=mesh) if isinstance(mesh, int) else mesh
+    check_mesh(cfg, mesh)
+    devices = prod(getattr(mesh, axis) for axis in ROWS)
     shares = devices * settings.accum_steps
-    if batch < 1 or seq < 1 or devices < 1 or batch % shares:
+    if batch < 1 or seq < 1 or batch % shares:
         raise ValueError(
             f"batch={batch}, seq={seq}, devices={devices}: all must be at least 1, and devices * accum_steps = {shares} "
             "must divide batch"
         )
-    count = sum(leaf.size for leaf in flatten(abstract_params(cfg)).values())
+    count, gathered = _stored(cfg, mesh)
     tokens = batch * seq // shares
     width = 2 if cfg.precision.compute == "bfloat16" else FLOAT
     blocks = [_sub_block(cfg, letter, seq) for letter in cfg.pattern]
@@ -128,13 +158,15 @@ def estimate_training_memory(
     else:
         kept = cfg.hidden_size * len(blocks) + max(block.everything for block in blocks)
         kept += sum(block.products for block in blocks) if settings.remat == "dots" else 0
-    head = cfg.vocab_size * cfg.hidden_size * FLOAT
+    kept //= mesh.tensor
+    head = cfg.vocab_size // mesh.tensor * cfg.hidden_size * FLOAT
     return TrainingMemory(
         parameters=count * FLOAT,
         moments=2 * count * FLOAT,
         gradients=count * FLOAT * (2 if settings.accum_steps > 1 else 1),
         activations=int(tokens * (kept + 3 * cfg.hidden_size) * width),
-        logits=2 * min(settings.loss_chunk, tokens) * cfg.vocab_size * FLOAT + head,
+        gathered=gathered * FLOAT,
+        logits=2 * min(settings.loss_chunk, tokens) * (cfg.vocab_size // mesh.tensor) * FLOAT + head,
         batch=batch // devices * seq * 5 * FLOAT,
     )
 
@@ -142,9 +174,10 @@ def estimate_training_memory(
 REMEDIES = {
     "activations": "a smaller batch, remat='layer', accum_steps > 1 or a shorter sequence",
     "logits": "a smaller loss_chunk or vocabulary",
-    "parameters": "a smaller model",
-    "moments": "a smaller model",
+    "parameters": "mesh.fsdp > 1 or a smaller model",
+    "moments": "mesh.fsdp > 1 or a smaller model",
     "gradients": "a smaller model",
+    "gathered": "mesh.tensor or mesh.expert > 1",
     "batch": "a smaller batch",
 }
 

@@ -11,6 +11,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.linear import Context
 from jaxllm.model.hybrid import HybridLM
 from jaxllm.train.loss import LossSums
+from parallel.sharding import everything_but_gathered
 
 Score = Callable[[Array, Array, Array | None], tuple[Array, LossSums]]
 
@@ -67,13 +68,17 @@ def prediction_loss(
         if mask is not None:
             mask = ahead(mask, batch.segment_ids, depth)
         value, sums = score(h, batch.targets[..., depth], mask)
-        scale = jax.lax.stop_gradient(
-            first.weight / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny) / depths
-        )
+        weights = jax.lax.stop_gradient((first.weight, sums.weight))
+        if ctx.placement is not None:
+            weights = ctx.placement.sum_rows(weights)
+        scale = weights[0] / jnp.maximum(weights[1], jnp.finfo(jnp.float32).tiny) / depths
         objective, nats = objective + scale * value, nats + scale * sums.nats
     return objective, nats, reports
 
 
 def _predict(model: HybridLM, h: Array, batch: PackedBatch, ctx: Context, depth: int) -> tuple[Array, Any]:
     call = lambda h, batch: model.predict(h, batch, ctx, depth=depth)  # noqa: E731
-    return (call if ctx.remat == "none" else jax.checkpoint(call))(h, batch)
+    if ctx.remat == "none" and ctx.placement is None:
+        return call(h, batch)
+    policy = everything_but_gathered if ctx.remat == "none" else None
+    return jax.checkpoint(call, policy=policy)(h, batch)

@@ -91,7 +91,7 @@ class Reporter:
         waited = time.perf_counter() - begin
         self.stop_trace(pending.step)
         self.tokens_seen += int(metrics.tokens)
-        speed = self.clock.mark(self.shape[0] * self.shape[1] * jax.process_count())
+        speed = self.clock.mark(self.shape[0] * self.shape[1])
         mfu = None
         if self._peak is not None:
             mfu = speed * training_flops_per_token(self.cfg, self.shape[1]) / self._peak

@@ -59,10 +59,18 @@ def master_config(cfg: ModelConfig) -> ModelConfig:
     return cfg.replace(precision=replace(cfg.precision, param="float32"))
 
 
-def state_of(params: Params, optim: OptimConfig, seed: int = 0) -> TrainState:
-    """The state before step 0 that starts from ``params``; makes float32 masters, never aliases ``params``."""
+def state_of(
+    params: Params, optim: OptimConfig, seed: int = 0, shardings: TrainState | None = None
+) -> TrainState:
+    """The state before step 0 that starts from ``params``; makes float32 masters, never aliases ``params``.
 
-    @jax.jit
+    Args:
+        params: of any dtype.
+        optim: optimiser.
+        seed: of the run's key.
+        shardings: where every part of it is made (:func:`jaxllm.train.placement.state_shardings`); None: with ``params``.
+    """
+
     def build(params: Params) -> TrainState:
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
@@ -71,12 +79,15 @@ def state_of(params: Params, optim: OptimConfig, seed: int = 0) -> TrainState:
             params, make_optimizer(optim).init(trained(params)), step, rng, skipped, consecutive
         )
 
-    return build(params)
+    return jax.jit(build, out_shardings=shardings)(params)
 
 
-def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int = 0) -> TrainState:
-    """The state before step 0 of a new model."""
-    return state_of(init_params(master_config(cfg), seed), optim, seed)
+def init_state(
+    cfg: ModelConfig, optim: OptimConfig, seed: int = 0, shardings: TrainState | None = None
+) -> TrainState:
+    """The state before step 0 of a new model; with ``shardings`` no device ever has more than its share."""
+    where = None if shardings is None else shardings.params
+    return state_of(init_params(master_config(cfg), seed, where), optim, seed, shardings)
 
 
 def abstract_state(cfg: ModelConfig, optim: OptimConfig) -> TrainState:

@@ -7,16 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig, one_of, positive, require
 from jaxllm.linear import Context
 from jaxllm.model.functional import Params, merge
+from jaxllm.model.shares import at_hand
 from jaxllm.train import balance
 from jaxllm.train.loss import CHUNK, LossSums, cross_entropy
 from jaxllm.train.mtp import prediction_loss
 from jaxllm.train.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.train.placement import param_specs, state_shardings
 from jaxllm.train.state import Leaf, TrainPlan, TrainState
+from parallel.mesh import ROWS
+from parallel.sharding import Placement
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ def batch_loss(
     rng: Any = None,
     *,
     depths: int | None = None,
+    place: Placement | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Summed objective of a batch and its parts.
 
@@ -127,6 +134,8 @@ def batch_loss(
         settings: of the step.
         rng: for stochastic weights.
         depths: prediction depths beside the next token; None: those of ``settings``.
+        place: devices share the step, and the call is under ``shard_map``: rows, parameters, objective and sums are this
+            device's.
 
     Raises:
         ValueError: the batch has no targets, or not those of every depth that is trained.
@@ -143,10 +152,14 @@ def batch_loss(
         )
     model = merge(cfg, params)
     ctx = Context(
-        precision=cfg.precision, remat=settings.remat, implementation=settings.implementation, rng=rng
+        precision=cfg.precision,
+        remat=settings.remat,
+        implementation=settings.implementation,
+        rng=rng,
+        placement=place,
     )
     h, aux = model.hidden(batch, replace(ctx, taps=balance.taps(cfg.pattern, settings.balance_scope)))
-    w = model.embed.weight[...] if model.lm_head is None else model.lm_head.weight.get_value()
+    w = at_hand(model.embed if model.lm_head is None else model.lm_head, ctx).weight.get_value()
     score = partial(
         _score,
         w=w,
@@ -154,6 +167,7 @@ def batch_loss(
         z_loss=settings.z_loss,
         precision=cfg.precision,
         chunk=settings.loss_chunk,
+        axis="tensor" if place is not None and place.size("tensor") > 1 else None,
     )
     objective, sums = score(h, batch.targets[..., 0], batch.loss_mask)
     weights = balance.row_weights(batch)
@@ -187,12 +201,45 @@ def _microbatches(batch: PackedBatch, count: int) -> PackedBatch:
 
 
 def gradients(
-    cfg: ModelConfig, params: Params, batch: PackedBatch, settings: StepSettings, rng: Any = None
+    cfg: ModelConfig,
+    params: Params,
+    batch: PackedBatch,
+    settings: StepSettings,
+    rng: Any = None,
+    place: Placement | None = None,
 ) -> tuple[Params, LossSums]:
-    """Gradient of the *summed* objective, float32, and the sums; microbatches add up without any weighting."""
+    """Gradient of the *summed* objective, float32, and the sums; microbatches add up without any weighting.
+
+    With ``place`` parameters and rows are shared by its devices, and gradients lie as their parameters do.
+    """
+    if place is None:
+        return _gradients(cfg, params, batch, settings, rng)
+    specs = param_specs(cfg, place)
+
+    def shared(params: Params, batch: PackedBatch, rng: Any) -> tuple[Params, LossSums]:
+        grads, sums = _gradients(cfg, params, batch, settings, rng, place)
+        return place.sum_gradients(grads, specs), place.sum_rows(sums)
+
+    over = partial(jax.shard_map, mesh=place.mesh, in_specs=(specs, P(ROWS), P()), check_vma=False)
+    return over(shared, out_specs=(specs, P()))(params, batch, rng)
+
+
+def _gradients(
+    cfg: ModelConfig,
+    params: Params,
+    batch: PackedBatch,
+    settings: StepSettings,
+    rng: Any,
+    place: Placement | None = None,
+) -> tuple[Params, LossSums]:
+    # Devices with the same rows have the same objective, each a part: what is differentiated is the sum of all devices'.
+    copies = 1 if place is None else place.mesh.size // place.size(*ROWS)
 
     def one(part: PackedBatch, key: Any) -> tuple[Params, LossSums]:
-        objective = lambda p: batch_loss(cfg, p, part, settings, key)  # noqa: E731
+        def objective(p: Params) -> tuple[jax.Array, LossSums]:
+            value, sums = batch_loss(cfg, p, part, settings, key, place=place)
+            return value / copies, sums
+
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return grads, sums
 
@@ -272,7 +319,7 @@ def make_train_step(
     optim: OptimConfig,
     settings: StepSettings | None = None,
     *,
-    out_shardings: Any = None,
+    place: Placement | None = None,
     donate: bool = True,
 ) -> Any:
     """The compiled step ``(state, batch, plan) -> (state, Metrics)``; it consumes (donates) ``state``.
@@ -281,8 +328,9 @@ def make_train_step(
         cfg: model; ``cfg.precision`` gives the compute and operand dtypes, the masters are float32.
         optim: optimiser and schedule.
         settings: see :class:`StepSettings`.
+        place: the devices that share the step; None: one. The state lies as
+            :func:`jaxllm.train.placement.state_shardings` says, the batch as :func:`parallel.mesh.batch_sharding`.
         donate: reuse the memory of ``state``; False keeps it (for jax_debug_nans, which runs a step twice).
-        out_shardings: of (state, metrics), as for ``jax.jit``; None leaves them to the compiler.
 
     Returns:
         A jitted function. ``plan=None`` takes the learning rate from the schedule at ``state.step``;
@@ -295,7 +343,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         lr = learning_rate(optim, state.step) if plan is None else jnp.asarray(plan.lr, jnp.float32)
-        grads, sums = gradients(cfg, state.params, batch, settings, rng)
+        grads, sums = gradients(cfg, state.params, batch, settings, rng, place)
         tokens = scored_tokens(batch)
         state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
         if sums.routing is not None and settings.bias_rate > 0:
@@ -304,14 +352,25 @@ def make_train_step(
             state = state.replace(params=moved)
         return state, Metrics(**{**vars(metrics), "tokens": tokens})
 
-    return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=out_shardings)
+    shardings = None
+    if place is not None:
+        shardings = state_shardings(cfg, optim, place), NamedSharding(place.mesh, P())
+    return jax.jit(train_step, donate_argnums=0 if donate else (), out_shardings=shardings)
 
 
-def make_eval_step(cfg: ModelConfig, settings: StepSettings | None = None) -> Any:
+def make_eval_step(
+    cfg: ModelConfig, settings: StepSettings | None = None, *, place: Placement | None = None
+) -> Any:
     """The compiled ``(params, batch) -> LossSums`` of the next token; add up batches, then divide by ``weight``."""
     settings = settings or StepSettings()
 
     def eval_step(params: Params, batch: PackedBatch) -> LossSums:
-        return batch_loss(cfg, params, batch, settings, depths=0)[1]._replace(routing=None)
+        sums = batch_loss(cfg, params, batch, settings, depths=0, place=place)[1]._replace(routing=None)
+        return sums if place is None else place.sum_rows(sums)
 
-    return jax.jit(eval_step)
+    if place is None:
+        return jax.jit(eval_step)
+    specs = param_specs(cfg, place)
+    return jax.jit(
+        jax.shard_map(eval_step, mesh=place.mesh, in_specs=(specs, P(ROWS)), out_specs=P(), check_vma=False)
+    )

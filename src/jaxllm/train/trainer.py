@@ -19,13 +19,15 @@ from jaxllm.train.events import Callback, CompileEvent, EvalEvent, SaveEvent
 from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.memory import estimate_training_memory, is_out_of_memory, out_of_memory
 from jaxllm.train.optim import OptimConfig, learning_rate
+from jaxllm.train.placement import placement, state_shardings
 from jaxllm.train.report import Pending, Reporter
 from jaxllm.train.seal import write_atomically
 from jaxllm.train.settings import Batches, FitResult, TrainSettings
-from jaxllm.train.state import TrainPlan, TrainState, init_state, state_of
+from jaxllm.train.state import TrainPlan, TrainState, abstract_state, init_state, state_of
 from jaxllm.train.step import make_train_step
 from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter
-from parallel.mesh import MeshShape, batch_sharding, make_mesh, replicated, row_shards
+from parallel.distributed import agreed
+from parallel.mesh import ROWS, MeshShape, place_rows, row_shards, row_share
 
 Evaluate = Callable[[Params, int], dict[str, float]]
 
@@ -70,8 +72,8 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.evaluate, self.resume, self.initial, self.files = evaluate, resume, params, files or {}
         self.reporter = Reporter(cfg, settings, list(callbacks))
-        shape = settings.mesh or MeshShape(data=jax.device_count())
-        self.mesh = make_mesh(shape) if shape.size > 1 or settings.mesh is not None else None
+        self.place = placement(cfg, settings.mesh)
+        self._slices = 1 if self.place is None else row_share(self.place.mesh)[1]
         self.step = 0
         self.values: dict[str, float] = {}
         self.checkpoints: Checkpoints | None = None
@@ -80,6 +82,8 @@ class Trainer:
         self._saved_step: int | None = None
         self._evaluated_step: int | None = None
         self._resumed: int | None = None
+        self._stopped: str | None = None
+        self._agreed: float | None = None
 
     def run(self) -> FitResult:
         """Train to the end, or to a signal."""
@@ -98,7 +102,7 @@ class Trainer:
                 if is_out_of_memory(error):
                     raise out_of_memory(self._memory(), error) from error
                 raise
-            interrupted = None if self._over() else request.name
+            interrupted = None if self._over() else request.name or self._stopped
             if interrupted is None:
                 self._evaluate(state)
             self._save(state)
@@ -116,10 +120,10 @@ class Trainer:
 
     def _start(self) -> TrainState:
         """The state to begin with: of the newest checkpoint if there is one, else new."""
-        place = None if self.mesh is None else replicated(self.mesh)
+        shardings = None if self.place is None else state_shardings(self.cfg, self.optim, self.place)
         if self.folder is not None:
             self.checkpoints = Checkpoints(self.folder / "checkpoints", max_to_keep=self.settings.keep)
-            restored = self._restore(self.checkpoints, place)
+            restored = self._restore(self.checkpoints, shardings)
             if restored is not None:
                 return restored
             contents = {"config.json": self.cfg.to_json().encode(), **self.files}
@@ -127,20 +131,23 @@ class Trainer:
                 write_atomically(self.folder / name, data)
         seed = self.settings.seed
         if self.initial is None:
-            state = init_state(self.cfg, self.optim, seed)
-        else:
-            state = state_of(stack(self.cfg, self.initial), self.optim, seed)
-        return state if place is None else jax.device_put(state, place)
+            return init_state(self.cfg, self.optim, seed, shardings)
+        params = stack(self.cfg, self.initial)
+        if shardings is not None:
+            params = jax.device_put(params, shardings.params)
+        return state_of(params, self.optim, seed, shardings)
 
-    def _restore(self, checkpoints: Checkpoints, place: Any) -> TrainState | None:
+    def _restore(self, checkpoints: Checkpoints, shardings: TrainState | None) -> TrainState | None:
         if checkpoints.steps() and not self.resume:
             raise ConfigError(
                 f"resume=False, but {self.folder} holds checkpoints up to step {checkpoints.steps()[-1]}; resume, or "
                 "train in another folder"
             )
-        target = jax.eval_shape(lambda: init_state(self.cfg, self.optim))
-        if place is not None:
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target)
+        target = abstract_state(self.cfg, self.optim)
+        if shardings is not None:
+            target = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), target, shardings
+            )
         found = checkpoints.restore_latest(target, self.cfg)
         if found is None:
             return None
@@ -177,7 +184,8 @@ class Trainer:
                 batch = self._next()
                 self._compile(state, batch)
         batch_ready = not self._over()
-        while not self._over() and request.name is None:
+        self._keep_together(request)
+        while not self._over() and self._stopped is None:
             begin = time.perf_counter()
             if not batch_ready:
                 batch = self._next()
@@ -191,28 +199,38 @@ class Trainer:
                 Pending(self.step, metrics, self.progress, placed - begin, dispatched - placed)
             )
             self._between(state)
+            self._keep_together(request)
         self.reporter.flush()
         return state
 
+    @property
+    def _now(self) -> float:
+        """Training seconds; those that the processes agreed on before this step, where there are several."""
+        return self.reporter.clock.elapsed if self._agreed is None else self._agreed
+
+    def _keep_together(self, request: StopRequest) -> None:
+        """Note a signal; every process must stop, evaluate and save at the same step as the others."""
+        self._stopped = request.name
+        if jax.process_count() > 1:
+            elapsed, stop = agreed(int(1000 * self.reporter.clock.elapsed), int(request.name is not None))
+            self._agreed = elapsed / 1000
+            self._stopped = request.name or ("a signal to another process" if stop else None)
+
     def _next(self) -> PackedBatch:
         batch = next(self.loader)
-        self.reporter.shape = batch.shape
-        if self.mesh is None:
+        rows = batch.shape[0] * self._slices
+        self.reporter.shape = rows, batch.shape[1]
+        if self.place is None:
             return jax.device_put(batch)
-        sharding = batch_sharding(self.mesh)
-        rows, shards = batch.shape[0] * jax.process_count(), row_shards(self.mesh)
-        require(
-            rows % shards == 0, "batch_size", rows, f"must be a multiple of data * fsdp = {shards} devices"
-        )
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+        shards, parts = row_shards(self.place.mesh), self.settings.step.accum_steps
+        product = " * ".join(ROWS) + (f" * accum_steps = {shards} * {parts}" if parts > 1 else f" = {shards}")
+        require(rows % (shards * parts) == 0, "batch_size", rows, f"must be a multiple of {product}")
+        return place_rows(self.place.mesh, batch)
 
     def _compile(self, state: TrainState, batch: PackedBatch) -> None:
         begin = time.perf_counter()
-        shardings = None if self.mesh is None else replicated(self.mesh)
         debug = self.settings.debug_nans
-        step = make_train_step(
-            self.cfg, self.optim, self.settings.step, out_shardings=shardings, donate=not debug
-        )
+        step = make_train_step(self.cfg, self.optim, self.settings.step, place=self.place, donate=not debug)
         # Compiled ahead, so that the clock starts at the first step; jax_debug_nans needs the traced function.
         self._compiled = step if debug else step.lower(state, batch, self._plan()).compile()
         count = sum(leaf.size for leaf in flatten(state.params).values())
@@ -223,7 +241,7 @@ class Trainer:
         """Share of the run that is over, by the clock or by steps, whichever is further."""
         shares = []
         if self.settings.seconds is not None:
-            shares.append(self.reporter.clock.elapsed / self.settings.seconds)
+            shares.append(self._now / self.settings.seconds)
         if self.settings.steps is not None:
             shares.append(self.step / self.settings.steps)
         return min(1.0, max(shares)) if shares else None
@@ -238,8 +256,8 @@ class Trainer:
         return TrainPlan(lr=np.asarray(learning_rate(self.optim, self.step, self.progress)))
 
     def _between(self, state: TrainState) -> None:
-        settings, elapsed = self.settings, self.reporter.clock.elapsed
-        self.reporter.measure_peak(self.step, 1 if self.mesh is None else self.mesh.size)
+        settings, elapsed = self.settings, self._now
+        self.reporter.measure_peak(self.step, 1 if self.place is None else self.place.mesh.size)
         if _due(self.step, settings.eval_every, elapsed - self._evaluated_at, settings.eval_seconds):
             self.reporter.flush()
             self._evaluate(state)
@@ -253,7 +271,7 @@ class Trainer:
             begin = time.perf_counter()
             self.values = self.evaluate(state.params, self.step)
             took = time.perf_counter() - begin
-        self._evaluated_at, self._evaluated_step = self.reporter.clock.elapsed, self.step
+        self._evaluated_at, self._evaluated_step = self._now, self.step
         self.reporter.emit(EvalEvent(self.step, self._evaluated_at, self.values, took))
 
     def _save(self, state: TrainState) -> None:
@@ -269,15 +287,13 @@ class Trainer:
                 "elapsed": self.reporter.clock.elapsed,
             }
             self.checkpoints.save(self.step, state, meta)
-        self._saved_at, self._saved_step = self.reporter.clock.elapsed, self.step
+        self._saved_at, self._saved_step = self._now, self.step
         self.reporter.emit(SaveEvent(self.step, self.checkpoints.folder))
 
     def _memory(self) -> Any:
         rows, length = self.reporter.shape
-        shards = 1 if self.mesh is None else row_shards(self.mesh)
-        return estimate_training_memory(
-            self.cfg, rows * jax.process_count(), length, shards, self.settings.step
-        )
+        shape = MeshShape() if self.place is None else MeshShape(**self.place.mesh.shape)
+        return estimate_training_memory(self.cfg, rows, length, shape, self.settings.step)
 
 
 def _due(step: int, every: int | None, since: float, seconds: float | None) -> bool:
