@@ -20,7 +20,12 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
 )
 # Pages whose code runs for more than a few seconds.
-SLOW = {"train-on-my-text.md", "bring-a-hugging-face-model.md", "write-a-policy.md"}
+SLOW = {
+    "train-on-my-text.md",
+    "train-on-several-devices.md",
+    "bring-a-hugging-face-model.md",
+    "write-a-policy.md",
+}
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,22 @@ def test_training_memory_is_the_trainers_estimate(cli):
     assert report["training"]["total"] == estimate_training_memory(preset("small"), 8, 256, 2).total
 
 
+def test_training_memory_of_a_mesh(cli):
+    from jaxllm.train.memory import estimate_training_memory
+    from parallel.mesh import MeshShape
+
+    shown = cli(
+        "info", "small", "--train", "--batch", "8", "--seq", "256", "--mesh", "fsdp=4,tensor=2", "--json"
+    )
+    report = json.loads(shown.out)["training"]
+    shared = estimate_training_memory(preset("small"), 8, 256, MeshShape(fsdp=4, tensor=2))
+    assert report["total"] == shared.total and report["devices"] == 8
+    whole = estimate_training_memory(preset("small"), 8, 256)
+    # Norms, biases and convolutions are whole on each device.
+    assert 1 / 8 <= shared.parameters / whole.parameters < 1 / 8 * 1.05
+    assert whole.gathered == 0 < shared.gathered
+
+
 def test_folders_work_as_well(cli, tmp_path):
     run = tmp_path / "run"
     (run / "hf").mkdir(parents=True)
@@ -100,6 +116,9 @@ def test_folders_work_as_well(cli, tmp_path):
         (["./nowhere"], ["./nowhere", "no such folder"]),
         (["small", "--length", "0"], ["--length", "0", "at least 1"]),
         (["small", "--train", "--batch", "4", "--devices", "3"], ["--batch", "4", "multiple"]),
+        (["small", "--train", "--devices", "4", "--mesh", "fsdp=2"], ["--mesh", "fsdp=2", "4"]),
+        (["small", "--train", "--mesh", "context=2"], ["--mesh", "context=2", "data, fsdp, tensor, expert"]),
+        (["small", "--train", "--mesh", "expert=2"], ["mesh.expert=2", "no experts"]),
     ],
 )
 def test_mistakes(argv, words, cli):

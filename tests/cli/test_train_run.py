@@ -33,7 +33,7 @@ def test_example_is_printed_without_a_file(cli):
     [
         (),
         ("model.vocab_size=512", "model.precision.matmul=bfloat16"),
-        ("trainer.profile=[2, 4]", "trainer.mesh.data=1"),
+        ("trainer.profile=[2, 4]", "mesh.data=2", "mesh.fsdp=2"),
     ],
 )
 def test_what_a_run_writes_reads_as_the_same_run(changes, tmp_path):
@@ -85,6 +85,11 @@ def test_changes_on_the_command_line_win():
         ({**MINIMAL, "model": {"pattern": "M-"}}, "model.hidden_size"),
         ({**MINIMAL, "model": [1]}, "model"),
         ({"trainer": {"steps": 1}}, "model: missing"),
+        ({**MINIMAL, "mesh": {"context": 2}}, "mesh.context: there is no such field"),
+        ({**MINIMAL, "mesh": {"fsdp": 0}}, "mesh.fsdp=0: must be an integer of at least 1"),
+        ({**MINIMAL, "mesh": {"expert": 2}}, "mesh.expert=2: pattern="),
+        ({**MINIMAL, "mesh": {"tensor": 3}}, "mesh.tensor=3: must divide mamba.num_heads="),
+        ({**MINIMAL, "trainer": {"steps": 1, "mesh": {"data": 2}}}, "mesh is a section of its own"),
     ],
 )
 def test_a_mistake_names_the_field(content, words):

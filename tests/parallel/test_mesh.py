@@ -1,10 +1,20 @@
 """Meshes: sizes, axes, row sharding."""
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from parallel.mesh import AXES, MeshShape, batch_sharding, make_mesh, replicated, row_shards
+from parallel.mesh import (
+    AXES,
+    MeshShape,
+    batch_sharding,
+    make_mesh,
+    place_rows,
+    replicated,
+    row_shards,
+    row_share,
+)
 
 
 def test_every_axis_is_there_and_automatic():
@@ -31,3 +41,10 @@ def test_rows_go_over_data_fsdp_and_expert():
     mesh = make_mesh(MeshShape(), jax.devices()[:1])
     assert batch_sharding(mesh).spec == jax.P(("data", "fsdp", "expert"))
     assert replicated(mesh).is_fully_replicated
+
+
+def test_one_process_reads_every_row():
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    assert row_share(mesh) == (0, 1)
+    rows = np.arange(12).reshape(4, 3)
+    np.testing.assert_array_equal(place_rows(mesh, rows), rows)

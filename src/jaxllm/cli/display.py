@@ -10,12 +10,16 @@ from rich.text import Text
 MISSING = "-"
 
 
-def make_console() -> Console:
-    """A console on standard output; tables that go into a file or pipe keep a readable width."""
+def make_console(*, quiet: bool = False) -> Console:
+    """A console on standard output; tables that go into a file or pipe keep a readable width.
+
+    Args:
+        quiet: show nothing, for processes beside the first.
+    """
     # Markup would read "jaxllm[cuda12]" or a path with brackets as a style and swallow it.
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, quiet=quiet)
     drawn = console.is_terminal and not console.is_dumb_terminal
-    return console if drawn else Console(highlight=False, markup=False, width=100)
+    return console if drawn else Console(highlight=False, markup=False, width=100, quiet=quiet)
 
 
 def bold(text: str) -> Text:

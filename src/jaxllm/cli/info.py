@@ -2,13 +2,17 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from tyro.conf import Positional
 
 from jaxllm.cli.display import bold, count, make_console, short, size, table
 from jaxllm.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from parallel.mesh import MeshShape
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Args:
         train: estimate the memory of training.
         batch: rows of a training step.
         seq: tokens of a training row.
-        devices: devices that share the training.
+        devices: devices that share the training, along data unless --mesh says otherwise.
+        mesh: devices along each axis, such as fsdp=4,tensor=2; their product are the devices.
         json: print the figures as JSON.
     """
 
@@ -31,6 +36,7 @@ class Args:
     batch: int = 8
     seq: int = 2048
     devices: int = 1
+    mesh: str | None = None
     json: bool = False
 
     def check(self) -> None:
@@ -38,10 +44,30 @@ class Args:
         for name in ("length", "batch", "seq", "devices"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}", getattr(self, name), "a whole number of at least 1")
-        if self.batch % self.devices:
-            raise UserError(
-                "--batch", self.batch, f"a multiple of --devices {self.devices}, which share its rows"
-            )
+        from parallel.mesh import ROWS
+
+        shape = self.shape
+        if shape.size != self.devices and self.devices != 1:
+            raise UserError("--mesh", self.mesh, f"a product of --devices {self.devices}, not {shape.size}")
+        shares = prod(getattr(shape, axis) for axis in ROWS)
+        if self.batch % shares:
+            raise UserError("--batch", self.batch, f"a multiple of {shares}, the devices that share its rows")
+
+    @property
+    def shape(self) -> "MeshShape":
+        """The devices along each axis."""
+        from jaxllm.cli.train_run import SHARED, MeshSection
+        from parallel.mesh import MeshShape
+
+        if self.mesh is None:
+            return MeshShape(data=self.devices)
+        sizes = {}
+        for part in self.mesh.split(","):
+            name, _, size = part.partition("=")
+            if name not in SHARED or not size.isdecimal() or int(size) < 1:
+                raise UserError("--mesh", self.mesh, f"AXIS=SIZE,... with the axes {', '.join(SHARED)}")
+            sizes[name] = int(size)
+        return MeshSection(**sizes).shape
 
 
 def examine(args: Args) -> dict[str, Any]:
@@ -70,11 +96,11 @@ def examine(args: Args) -> dict[str, Any]:
     if args.train:
         from jaxllm.train.memory import estimate_training_memory
 
-        memory = estimate_training_memory(cfg, args.batch, args.seq, args.devices)
+        memory = estimate_training_memory(cfg, args.batch, args.seq, args.shape)
         report["training"] = {
             "batch": args.batch,
             "seq": args.seq,
-            "devices": args.devices,
+            "devices": args.shape.size,
             "parts": memory.parts,
             "total": memory.total,
         }

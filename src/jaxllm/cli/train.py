@@ -1,5 +1,6 @@
 """``jaxllm train``: a training run from a YAML file."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +92,21 @@ def configure(args: Args) -> "TrainRun":
     return run
 
 
+def join_processes() -> None:
+    """Join the run of several processes that a launcher has started, if one has.
+
+    Raises:
+        ConfigError: the launcher's environment cannot be used; names the variable.
+    """
+    from jaxllm.config import ConfigError
+    from parallel.distributed import LaunchError, start
+
+    try:
+        start(os.environ)
+    except LaunchError as error:
+        raise ConfigError(str(error)) from error
+
+
 def run(args: Args) -> int:
     """Train; the exit code is 130 after Ctrl-C, which saves first."""
     if args.example:
@@ -98,6 +114,7 @@ def run(args: Args) -> int:
 
         print(example(), end="")
         return 0
+    join_processes()
     configured = configure(args)
     from jaxllm.cli.train_session import train
 

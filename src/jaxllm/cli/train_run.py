@@ -1,7 +1,7 @@
 """The configuration of ``jaxllm train``: one dataclass, read from YAML, with a message for every mistake."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from jaxllm.config import ConfigError, ModelConfig, decode, positive_fields
 from jaxllm.generation.folders import load_config
 from jaxllm.presets import preset
 from jaxllm.train.optim import OptimConfig
+from jaxllm.train.placement import check_mesh
 from jaxllm.train.settings import TrainSettings
+from parallel.mesh import MeshShape
 
 HEADER = """\
 # A training run of jaxllm: start it with `jaxllm train FILE`. Any field can be changed on the command line:
@@ -21,6 +23,7 @@ HEADER = """\
 #   model    a preset's name, or its fields; `preset: NAME` with other fields changes those of the preset
 #   init     instead of `model`: a folder (Hugging Face's or a run's) whose weights, model and tokenizer to start from
 #   data     source: stdlib, 'texts/**/*.txt', FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME:SPLIT:COLUMN
+#   mesh     devices along data, fsdp, tensor and expert; left out: all along data
 #   trainer  stops after `steps`, or after `seconds` of training time
 """
 
@@ -82,6 +85,9 @@ class TrainRun:
     def to_yaml(self) -> str:
         """The run as YAML that :func:`read` takes."""
         content = asdict(self) | {"model": self.model.to_dict(), "out": str(self.out)}
+        mesh = content["trainer"].pop("mesh")
+        if mesh is not None:
+            content["mesh"] = {name: size for name, size in mesh.items() if name in SHARED}
         content["init"] = None if self.init is None else str(self.init)
         for name in ("vocabulary", "precision"):
             if not content.pop(f"fixed_{name}"):
@@ -94,12 +100,43 @@ class TrainRun:
 
 
 @dataclass(frozen=True)
+class MeshSection:
+    """Devices along each axis that training shares; the product is their number.
+
+    Attributes:
+        data: replicas that see other rows.
+        fsdp: replicas that see other rows and hold a share of the parameters.
+        tensor: shares of one layer's matrices.
+        expert: replicas that see other rows and have a share of the experts.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    @property
+    def shape(self) -> MeshShape:
+        """Of all axes.
+
+        Raises:
+            ConfigError: a size is below 1.
+        """
+        positive_fields(self, "mesh", *SHARED)
+        return MeshShape(**asdict(self))
+
+
+SHARED = tuple(field.name for field in fields(MeshSection))
+
+
+@dataclass(frozen=True)
 class _Sections:
     """What the file holds beside the model."""
 
     data: DataConfig | None = None
     optim: OptimConfig | None = None
     trainer: TrainSettings | None = None
+    mesh: MeshSection | None = None
     out: Path | None = None
     init: Path | None = None
 
@@ -173,9 +210,18 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
     if isinstance(given, str):
         given = {"preset": given}
     model = _model(given) if init is None else _initial(init, given)
+    trainer = content.get("trainer")
+    if isinstance(trainer, dict) and "mesh" in trainer:
+        raise ConfigError("trainer.mesh: there is no such field; mesh is a section of its own")
     content = field_types.checked(_Sections, content)
     sections = {"data": DataConfig, "optim": OptimConfig, "trainer": TrainSettings}
     made = {name: decode(cls, content.get(name) or {}, f"{name}.") for name, cls in sections.items()}
+    mesh = content.get("mesh")
+    if mesh is not None:
+        shape = decode(MeshSection, mesh, "mesh.").shape
+        made["trainer"] = replace(made["trainer"], mesh=shape)
+        # The vocabulary may be open still; what does not depend on it is known before any data are read.
+        check_mesh(model, shape, vocabulary="vocab_size" in given or init is not None)
     run = TrainRun(
         model=model,
         **made,

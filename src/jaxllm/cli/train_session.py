@@ -19,8 +19,11 @@ from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import PreparedData, prepare_data
 from jaxllm.generation.folders import load
 from jaxllm.model.functional import LanguageModel, Params, stack
+from jaxllm.train.placement import gathered, placement
 from jaxllm.train.settings import FitResult
 from jaxllm.train.trainer import fit
+from parallel.mesh import row_share
+from parallel.sharding import Placement
 
 
 def model_for(run: TrainRun, data: PreparedData) -> ModelConfig:
@@ -43,7 +46,7 @@ def model_for(run: TrainRun, data: PreparedData) -> ModelConfig:
 
 def train(run: TrainRun) -> int:
     """Train, export and report; the exit code is 130 after Ctrl-C."""
-    console = make_console()
+    console = make_console(quiet=jax.process_index() != 0)
     initial = None if run.init is None else load(run.init)
     tokenizer = run.data.tokenizer or (initial and initial.tokenizer)
     if initial is not None and tokenizer is None:
@@ -62,11 +65,14 @@ def train(run: TrainRun) -> int:
     console.print(
         f"model  {cfg.pattern}: {count(total)} parameters ({short(total)}), vocabulary {count(cfg.vocab_size)}"
     )
-    run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
-    data.tokenizer.save(run.out)
+    first = jax.process_index() == 0
+    if first:
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        data.tokenizer.save(run.out)
+    place = placement(cfg, run.trainer.mesh)
     params = None if initial is None else initial.params
-    result, validation, watcher = _fit(run, cfg, data, console, params)
+    result, validation, watcher = _fit(run, cfg, data, console, params, place)
     if result.interrupted is not None:
         console.print(
             f"\nStopped at step {count(result.step)} ({result.interrupted}); everything is saved. Go on with:\n"
@@ -75,8 +81,11 @@ def train(run: TrainRun) -> int:
         return 130
     with console.status("validation loss"):
         loss = validation.whole(stack(cfg, result.params))
+    params = gathered(result.params, place) if family is not None else None
+    if not first:
+        return 0
     if family is not None:
-        hf.save(LanguageModel(result.cfg, result.params, data.tokenizer), run.out / "hf", family=family)
+        hf.save(LanguageModel(result.cfg, params, data.tokenizer), run.out / "hf", family=family)
     _close(run, result, validation, watcher, loss, console)
     return 0
 
@@ -93,9 +102,15 @@ def _family(cfg: ModelConfig, console: Console) -> str | None:
 
 
 def _fit(
-    run: TrainRun, cfg: ModelConfig, data: PreparedData, console: Console, params: Params | None
+    run: TrainRun,
+    cfg: ModelConfig,
+    data: PreparedData,
+    console: Console,
+    params: Params | None,
+    place: Placement | None,
 ) -> tuple[FitResult, Validation, Watcher]:
     batches = run.data
+    share = (0, 1) if place is None else row_share(place.mesh)
     loader = Loader(
         data.train,
         batches.batch_size,
@@ -103,8 +118,8 @@ def _fit(
         seed=batches.seed,
         depths=1 + run.trainer.step.depths(cfg),
         prefetch=batches.prefetch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share[0],
+        process_count=share[1],
     )
     validation = Validation(
         cfg,
@@ -113,6 +128,7 @@ def _fit(
         batch_size=batches.batch_size,
         seq_len=batches.seq_len,
         part=batches.evaluation_tokens,
+        place=place,
     )
     display = TrainingDisplay(console, validation.bits_per_nat)
     watcher = Watcher(display, run.trainer.seconds if run.trainer.steps is None else None)
