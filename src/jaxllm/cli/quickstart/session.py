@@ -32,6 +32,7 @@ from jaxllm.model.functional import LanguageModel, init_params, stack
 from jaxllm.presets import preset
 from jaxllm.train.memory import estimate_training_memory
 from jaxllm.train.optim import OptimConfig
+from jaxllm.train.placement import placement
 from jaxllm.train.settings import FitResult, TrainSettings
 from jaxllm.train.state import master_config
 from jaxllm.train.step import StepSettings
@@ -180,6 +181,7 @@ class Session:
             batch_size=settings.batch_size,
             seq_len=settings.seq_len,
             part=settings.evaluation_tokens,
+            place=placement(cfg),
         )
         with self.console.status("compiling the evaluation"):
             compiled = validation.compile()
