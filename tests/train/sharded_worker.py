@@ -78,6 +78,11 @@ def compare(cfg: ModelConfig, meshes, settings=None) -> None:
     """Sums and every gradient on each mesh against one device."""
     settings = settings or StepSettings(loss_chunk=32, balance_loss=0.1)
     params, batch = scattered(cfg), tiny_batch(8, 16, vocab=64)
+    if settings.depths(cfg):
+        ahead = np.roll(batch.targets, -1, axis=1)
+        ahead[:, -1] = -1
+        ahead = np.where(batch.targets < 0, -1, ahead)
+        batch = batch.replace(targets=np.concatenate([batch.targets, ahead], axis=-1))
     expected, sums = jax.jit(lambda p, b: gradients(cfg, p, b, settings))(params, batch)
     for text in meshes:
         place = place_on(text)
