@@ -321,6 +321,41 @@ def _got(row: dict[str, Any]) -> str:
     return text if row["counted"] else f"({text})"
 
 
+def fcp(data: dict[str, Any]) -> str:
+    """What ``experiments.fcp`` simulated: MFU by GPUs, and the paper's figures beside ours."""
+    text = ""
+    for name, by_size in data["scale"].items():
+        kinds = list(dict.fromkeys(kind for found in by_size.values() for kind in found))
+        rows = [
+            [kind, *(number(found.get(kind, {}).get("mfu"), 2) for found in by_size.values())]
+            for kind in kinds
+        ]
+        over = data["ratios"][name]
+        for label, key in (("**fcp over oracle**", "over_oracle"), ("**fcp over all others**", "over_best")):
+            rows.append([label, *(f"**{over[size][key]:.2f}**" for size in by_size)])
+        header = [f"attention MFU, {name} lengths, GPUs:", *(number(int(size), 0) for size in by_size)]
+        text += markdown(header, rows, right=range(1, len(header))) + "\n"
+    for name, by_size in data["stacks"].items():
+        kinds = list(dict.fromkeys(kind for found in by_size.values() for kind in found))
+        rows = [
+            [kind, *(number(found.get(kind, {}).get("mfu"), 2) for found in by_size.values())]
+            for kind in kinds
+        ]
+        header = [f"MFU of the forward pass, {name}, GPUs:", *(number(int(size), 0) for size in by_size)]
+        text += markdown(header, rows, right=range(1, len(header))) + "\n"
+    lines = [
+        (
+            each["claim"],
+            each["published"],
+            f"{each['here']:.2f}",
+            "comes out" if each["reproduced"] else f"does not come out: {each['difference']:+.2f}",
+        )
+        for each in data["claims"]
+    ]
+    text += markdown(("arXiv 2605.08524", "published", "here", "within 10 %"), lines, right=[1, 2])
+    return text
+
+
 def _decode_peers(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
@@ -369,6 +404,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "convert_memory": convert_memory,
     "decode": decode,
     "long_context": long_context,
+    "fcp": fcp,
 }
 
 
