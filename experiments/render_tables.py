@@ -356,6 +356,24 @@ def fcp(data: dict[str, Any]) -> str:
     return text
 
 
+def fcp_compute(data: dict[str, Any]) -> str:
+    """What ``bench/fcp_compute.py`` predicted and then timed."""
+    lines = [
+        (f"slowest worker, {kind} over fcp", number(r["predicted"], 2), number(r["measured"], 2))
+        for kind, r in data["over_fcp"].items()
+        if kind != "fcp"
+    ]
+    lines += [
+        (
+            f"{r['queries']:,} queries, {r['keys']:,} keys, ms",
+            *(number(1e3 * r[n], 1) for n in ("predicted", "measured")),
+        )
+        for r in data["kernels"]
+    ]
+    where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
+    return f"{markdown(('', 'predicted', 'measured'), lines, right=[1, 2])}\nMeasured on: {where}.\n"
+
+
 def _decode_peers(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
@@ -405,6 +423,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "long_context": long_context,
     "fcp": fcp,
+    "fcp_compute": fcp_compute,
 }
 
 
