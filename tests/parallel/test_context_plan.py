@@ -256,8 +256,8 @@ def test_short_documents_never_travel(strategy, seed):
 
 
 def test_pairs_ease_the_busiest_sender(seed):
-    """Over several batches: owners of early blocks of several documents serve everybody."""
-    batches = [draw_lengths("log-normal", 256 * 32_768, seed + i) for i in range(4)]
+    """Over many batches: owners of early blocks of several documents serve everybody, in three batches of four."""
+    batches = [draw_lengths("log-normal", 256 * 32_768, seed + i) for i in range(32)]
     degrees = {
         strategy: sum(
             make_plan(lengths, PlanConfig(256, strategy=strategy)).balance.degree for lengths in batches
