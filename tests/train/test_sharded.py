@@ -67,4 +67,4 @@ def test_a_hybrid_on_products():
 
 @pytest.mark.slow
 def test_options_of_a_step():
-    assert worker("options", "fsdp=2,tensor=2,expert=2", "data=4,fsdp=2").count("EQUAL") == 4
+    assert worker("options", "fsdp=2,tensor=2,expert=2", "data=2,fsdp=2").count("EQUAL") == 4
