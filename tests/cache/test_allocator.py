@@ -184,9 +184,12 @@ class TestPrefixes:
 
     @pytest.mark.parametrize("key", [("lora", None), (None, "tenant"), ("None", None), (None, "None")])
     def test_adapters_and_tenants_share_nothing(self, key):
-        allocator = attention()
+        allocator = attention(slots=5)
         served(allocator, list(range(9)))
         assert allocator.admit(list(range(9)), key).tokens == 0
+        # Each finds its own, though the texts are equal.
+        served(allocator, list(range(9)), key)
+        assert [allocator.admit(list(range(9)), each).tokens for each in ((None, None), key)] == [8, 8]
 
     def test_unpublished_pages_are_not_found(self):
         allocator = attention()
@@ -232,6 +235,19 @@ class TestPrefixes:
         assert usage(allocator)["full"].used == 2
         check(allocator)
 
+    def test_pages_behind_anothers_are_one_chain_with_it(self):
+        allocator = attention()
+        first, second = (allocator.admit(list(range(9))).slot for _ in range(2))
+        allocator.flush()
+        allocator.append(first, range(4))
+        allocator.append(second, range(8))
+        assert [allocator.publish(slot) for slot in (first, second)] == [1, 1]
+        check(allocator)
+        assert pages(allocator, allocator.admit(list(range(9))).slot) == (
+            pages(allocator, first)[0],
+            pages(allocator, second)[1],
+        )
+
     def test_a_published_page_behind_anothers_goes_when_that_is_needed(self):
         allocator = attention(groups=(Group("full", pages=6, pages_per_slot=6),))
         first, second = (allocator.admit(list(range(5))).slot for _ in range(2))
@@ -276,6 +292,9 @@ class TestPrefixes:
         served(allocator, [1] * 8)
         assert len(allocator.prefixes.nodes) == 1
         assert allocator.admit([1] * 9).tokens == 4
+        constant = Allocator(Sizes(slots=4, page=4, groups=(FULL,)), digest=lambda parent, content: b"same")
+        served(constant, [1] * 8)
+        assert constant.admit([1] * 9).tokens == 4
 
     def test_chains_may_be_long(self):
         allocator = attention(groups=(Group("full", pages=2000, pages_per_slot=2000),), page=1)
@@ -324,6 +343,7 @@ class TestSnapshots:
         allocator.release(served(allocator, [0] * 9))
         user = allocator.admit([0] * 9).slot
         other = served(allocator, [1] * 9)
+        check(allocator)
         assert allocator.admit([1] * 9).tokens == 0
         allocator.release(user)
         allocator.release(other)
@@ -445,6 +465,15 @@ class TestOwn:
         assert tuple(update.copies[0].source) == before
         assert tuple(update.copies[0].target) == pages(allocator, second)
         assert allocator.own(second, 0) == 0
+        check(allocator)
+
+    def test_a_prefix_is_held_as_long_as_a_page_of_any_group_is(self):
+        allocator = attention(groups=(FULL, Group("other", pages=16, pages_per_slot=8)))
+        slot = served(allocator, list(range(9)))
+        allocator.own(slot, 0)
+        assert len(allocator.prefixes.nodes) == 2 and not len(allocator.prefixes.idle)
+        allocator.own(slot, 1)
+        assert len(allocator.prefixes.idle) == 2
         check(allocator)
 
     def test_then_nothing_is_published(self):

@@ -129,9 +129,9 @@ def test_an_update_is_its_instructions(dtype, seed):
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_slot_comes_back_in_another_one_and_in_other_pages(dtype, policy, rng):
     cache, _ = filled(5, dtype, policy)
-    # Three sealed pages, and one where there is another group.
+    # Three sealed pages, and one where there is another group; the open tail is full, and no page yet.
     groups = (
-        replace(g, length=g.length.at[1].set(n * PAGE + 1), sealed=g.sealed.at[1].set(n * PAGE))
+        replace(g, length=g.length.at[1].set((n + 1) * PAGE), sealed=g.sealed.at[1].set(n * PAGE))
         for g, n in zip(cache.groups, (3, 1))
     )
     cache = replace(cache, groups=tuple(groups))

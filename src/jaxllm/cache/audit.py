@@ -112,7 +112,8 @@ def _check_prefixes(allocator: Allocator) -> None:
     for index, pool in enumerate(allocator.pools):
         kept = {node.pages[index]: digest for digest, node in nodes.items()}
         _must(kept == pool.kept, "kept pages of group", index, "are not those of the nodes")
-    idle = {digest for digest, node in nodes.items() if prefixes.unused(node)}
+    in_use = {digest for pool in allocator.pools for page, digest in pool.kept.items() if pool.users[page]}
+    idle = nodes.keys() - in_use if allocator.pools else set()
     _must(set(prefixes.idle) == idle and len(prefixes.idle) == len(idle), "idle nodes are wrong")
     _check_order(prefixes.idle)
     _check_order(prefixes.idle_snapshots)
