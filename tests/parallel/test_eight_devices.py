@@ -1,4 +1,4 @@
-"""Context parallelism on eight virtual devices, whose number must be set before JAX starts: a process for each file."""
+"""What needs eight virtual devices, whose number must be set before JAX starts: a process for each file."""
 
 import os
 import pathlib
@@ -21,7 +21,10 @@ def run(file: str, marker: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", ["check_exchange.py", "check_attention.py", "check_programs.py"])
+FILES = ["check_exchange.py", "check_attention.py", "check_programs.py", "check_shares.py"]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_on_eight_devices(file):
     run(file, "not slow")
 
