@@ -1,6 +1,6 @@
 """The arrays of a plan: what a compiled program reads, and the shapes that it is compiled for."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,8 @@ from parallel.context.blocks import Blocks
 from parallel.context.placement import Placement
 from parallel.context.rounds import Transfers
 
-# Kinds of work: every key is visible; keys of the query's document are; keys of its document up to its position are.
+# Kinds of work: every key is visible; keys of the query's document are; keys of its document up to its position are. A
+# window hides more of each.
 FULL, SEGMENT, DIAGONAL = range(3)
 
 
@@ -27,6 +28,7 @@ class Capacity:
         work: W, entries of a worker's list of work.
         shifts: how many rounds bring blocks from worker w to worker w + k, for k = 1 to N - 1; rounds stand in the order
             of k. (): a round may bring a block from any worker to any other.
+        window: of attention at most; None: any.
     """
 
     workers: int
@@ -37,6 +39,7 @@ class Capacity:
     stage_rounds: int
     work: int
     shifts: tuple[int, ...] = ()
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.shifts) not in (0, self.workers - 1):
@@ -59,9 +62,9 @@ class Capacity:
         """The smallest capacity that holds the plans of both.
 
         Raises:
-            ValueError: they differ in workers, block, stage_rounds or the number of shifts.
+            ValueError: they differ in workers, block, stage_rounds, window or the number of shifts.
         """
-        for name in ("workers", "block", "stage_rounds"):
+        for name in ("workers", "block", "stage_rounds", "window"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"capacity {name}={getattr(other, name)}: must be the plan's {getattr(self, name)}"
@@ -70,10 +73,11 @@ class Capacity:
             raise ValueError(
                 f"capacity shifts={other.shifts}: must be {len(self.shifts)} numbers, as the plan's rounds want"
             )
-        more = {f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        sizes = ("slots", "pieces", "stages", "work")
+        more: dict[str, Any] = {name: max(getattr(self, name), getattr(other, name)) for name in sizes}
         more["shifts"] = tuple(map(max, self.shifts, other.shifts))
         more["stages"] = max(more["stages"], -(-sum(more["shifts"]) // self.stage_rounds))
-        return Capacity(**more)
+        return replace(self, **more)
 
 
 class PlanArrays(NamedTuple):

@@ -76,7 +76,8 @@ def context_attention(
         plan: the worker's own arrays, of the exchange's capacity.
         places: its own layout.
         exchange: how blocks travel.
-        window: as in :func:`pallas_kernels.attention.attention`; pairs of blocks outside it are not computed.
+        window: as in :func:`pallas_kernels.attention.attention`; pairs of blocks outside it are not computed. Their keys
+            travel all the same where the plan was made for a wider one.
         soft_cap: as there.
         scale: as there.
         operand_dtype: as there; parts and gradients are added in float32 whatever it is.
@@ -87,7 +88,8 @@ def context_attention(
         The output in the dtype of q, 0 at padding; with ``return_lse`` also float32 lse, -inf at padding.
 
     Raises:
-        ValueError: slots, blocks or workers are not those of the exchange's capacity; or as attention does.
+        ValueError: slots, blocks or workers are not those of the exchange's capacity, or its window is smaller than this one; or as
+            attention does.
     """
     capacity = exchange.capacity
     workers = lax.axis_size(exchange.axis_name)
@@ -102,6 +104,8 @@ def context_attention(
             )
     if window is not None and window < 1:
         raise ValueError(f"window={window}: must be None or at least 1")
+    if capacity.window is not None and (window is None or window > capacity.window):
+        raise ValueError(f"window={window}: must be at most {capacity.window}, which the plan was made for")
     operand_dtype = jnp.dtype(k.dtype if operand_dtype is None else operand_dtype)
     options = _Options(exchange, window, soft_cap, scale, operand_dtype, implementation)
     outputs: Any = _attend(options, q, k, v, plan, places)

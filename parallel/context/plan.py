@@ -36,6 +36,8 @@ class PlanConfig:
         stage_rounds: rounds that are executed as one stage.
         rounds: ``matchings``, as few rounds as possible, or ``rotations``, rounds of one shift from sender to receiver,
             whose permutations a program knows when it is compiled.
+        window: of the model's widest attention, where none is full: blocks of keys that no query sees through it are neither
+            computed nor sent. None: full attention, which a program with any window may run too.
     """
 
     workers: int
@@ -45,6 +47,7 @@ class PlanConfig:
     links: Links = field(default_factory=Links)
     stage_rounds: int = 16
     rounds: str = "matchings"
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "block", "stage_rounds"):
@@ -53,6 +56,8 @@ class PlanConfig:
         check_strategy(self.strategy)
         if self.rounds not in ROUNDS:
             raise ValueError(f"plan rounds={self.rounds!r}: must be one of {', '.join(ROUNDS)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"plan window={self.window!r}: must be None or at least 1")
         if self.tolerance < 0:
             raise ValueError(f"plan tolerance={self.tolerance!r}: must be at least 0")
 
@@ -122,17 +127,18 @@ def make_plan(
         at_least: a capacity to keep if it is enough, so that the program need not be compiled again.
 
     Raises:
-        ValueError: lengths that are not whole numbers of at least 1 or of 2^31 tokens together, or a capacity of other workers or blocks.
+        ValueError: lengths that are not whole numbers of at least 1 or of 2^31 tokens together, or a
+            capacity of other workers, blocks or window.
     """
-    blocks = cut(lengths, config.block)
+    blocks = cut(lengths, config.block, config.window)
     if blocks.tokens >= 2**31:
         raise ValueError(
             f"lengths of {blocks.tokens:,} tokens together: must be under 2^31, which indices can hold"
         )
     placement = place(blocks, config.workers, config.strategy, config.tolerance)
-    moves = transfers(blocks, placement.worker, config.workers)
+    query, key = blocks.pairs()
+    moves, move = transfers(blocks.document, placement.worker, config.workers, query, key)
     seats = seats_of(blocks, placement)
-    query, key, move = _pairs(blocks, placement, moves)
     remote = move >= 0
     unlocked = np.bincount(move[remote], blocks.length[query[remote]], len(moves))
     shifts, rounds = (), np.zeros(0, np.int64)
@@ -154,23 +160,6 @@ def make_plan(
     )
     balance = _balance(config, capacity, blocks, placement, moves, rounds, len(query) + len(blocks))
     return Plan(capacity, arrays, blocks, placement, moves, rounds, balance)
-
-
-def _pairs(
-    blocks: Blocks, placement: Placement, moves: Transfers
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pairs of a query block and an earlier key block, and the transfer that brings the keys, -1 if they are local."""
-    count = blocks.index
-    query = np.repeat(np.arange(len(blocks)), count)
-    key = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count + count - np.arange(len(blocks)), count)
-    travels = np.zeros(len(blocks), bool)
-    travels[moves.block] = True
-    number = np.cumsum(travels) - 1
-    table = np.full((placement.workers, int(travels.sum()) + 1), -1)
-    table[moves.receiver, number[moves.block]] = np.arange(len(moves))
-    # A block that never travels is where its keys are asked for; the last column stays -1 for it.
-    number[~travels] = table.shape[1] - 1
-    return query, key, table[placement.worker[query], number[key]]
 
 
 def _bucket(need: int) -> int:
@@ -205,6 +194,7 @@ def _capacity(
         stage_rounds=config.stage_rounds,
         work=_bucket(int((per_worker + filled).max())),
         shifts=shifts,
+        window=config.window,
     )
 
 

@@ -5,8 +5,6 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from parallel.context.blocks import Blocks
-
 Rounds = Literal["matchings", "rotations"]
 ROUNDS: tuple[Rounds, ...] = get_args(Rounds)
 
@@ -105,25 +103,28 @@ class Links:
         return transfers.sender // self.node != transfers.receiver // self.node
 
 
-def transfers(blocks: Blocks, worker: np.ndarray, workers: int) -> Transfers:
-    """What causal attention makes workers fetch: of each of its documents, the blocks before a worker's last one.
+def transfers(
+    document: np.ndarray, worker: np.ndarray, workers: int, query: np.ndarray, key: np.ndarray
+) -> tuple[Transfers, np.ndarray]:
+    """What attention makes workers fetch: every block of keys once, for any number of their blocks of queries.
 
     Args:
-        blocks: the blocks.
+        document: i64[K], of each block.
         worker: i64[K], their owners.
         workers: how many.
+        query: i64[M], blocks, some of whose queries see keys of the blocks
+        key: i64[M].
+
+    Returns:
+        The transfers by document, receiver and block, and i64[M]: the one that brings the keys, -1 if they are local.
     """
-    key = blocks.document * workers + worker
-    holders, at = np.unique(key, return_inverse=True)
-    last = np.zeros(len(holders), np.int64)
-    np.maximum.at(last, at, blocks.index)
-    document, receiver = holders // workers, holders % workers
-    first = np.searchsorted(blocks.document, document)
-    block = np.arange(last.sum()) - np.repeat(np.cumsum(last) - last, last) + np.repeat(first, last)
-    receiver = np.repeat(receiver, last)
-    sender = worker[block]
-    away = sender != receiver
-    return Transfers(block[away], sender[away], receiver[away])
+    away = worker[query] != worker[key]
+    wanted = (document[query] * workers + worker[query])[away] * len(worker) + key[away]
+    wanted, at = np.unique(wanted, return_inverse=True)
+    block, receiver = wanted % len(worker), wanted // len(worker) % workers
+    move = np.full(len(query), -1)
+    move[away] = at
+    return Transfers(block, worker[block], receiver), move
 
 
 def schedule(moves: Transfers, workers: int, links: Links) -> np.ndarray:

@@ -21,6 +21,7 @@ from parallel.context import (
     layout,
     make_plan,
 )
+from tests.parallel.brute_force import computed, visible
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 CONFIGS = st.builds(
@@ -35,48 +36,10 @@ CONFIGS = st.builds(
 BALANCED = [("fcp", 1.03), ("fcp-pairs", 1.05)]
 
 
-def causal(lengths: list[int]) -> np.ndarray:
-    """i64[T, T]: 1 where a query may see a key, in the concatenation of the documents."""
-    segment = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(segment))
-    return ((segment[:, None] == segment) & (place[:, None] >= place)).astype(np.int64)
-
-
-def computed(plan: Plan, tokens: int) -> np.ndarray:
-    """i64[T, T]: how often each (query, key) pair is computed by workers that know nothing but the plan's arrays."""
-    where, arrays, capacity = layout(plan), plan.arrays, plan.capacity
-    counts = np.zeros((tokens, tokens), np.int64)
-    slots, group = capacity.slots, capacity.stage_rounds
-    local = np.stack([where.index, where.segment_ids, where.positions], axis=-1)
-    keys = np.full((capacity.workers, slots + group, capacity.block, 3), -1)
-    keys[:, :slots] = local
-    for stage in range(capacity.stages + 1):
-        for number in range((stage - 1) * group, stage * group) if stage else ():
-            for receiver in range(capacity.workers):
-                sender = arrays.receive_from[receiver, number]
-                if sender >= 0:
-                    assert arrays.send_to[sender, number] == receiver
-                    assert arrays.receive_slot[receiver, number] == arrays.send_slot[sender, number]
-                    keys[receiver, slots + number % group] = local[sender, arrays.send_slot[sender, number]]
-        for worker in range(capacity.workers):
-            first, last = arrays.work_start[worker, stage : stage + 2]
-            for row, column, kind in arrays.work[worker, first:last]:
-                query, key = local[worker, row], keys[worker, column]
-                seen = np.ones((capacity.block, capacity.block), bool)
-                if kind in (SEGMENT, DIAGONAL):
-                    seen &= (query[:, None, 1] == key[:, 1]) & (query[:, None, 1] > 0)
-                if kind == DIAGONAL:
-                    seen &= query[:, None, 2] >= key[:, 2]
-                at = np.nonzero(seen)
-                assert (query[at[0], 0] >= 0).all() and (key[at[1], 0] >= 0).all()
-                np.add.at(counts, (query[at[0], 0], key[at[1], 0]), 1)
-    return counts
-
-
 @given(LENGTHS, CONFIGS)
 def test_every_pair_of_tokens_is_computed_once(lengths, config):
     plan = make_plan(lengths, config)
-    np.testing.assert_array_equal(computed(plan, sum(lengths)), causal(lengths))
+    np.testing.assert_array_equal(computed(plan, sum(lengths)), visible(lengths))
 
 
 @given(LENGTHS, CONFIGS)
@@ -325,7 +288,7 @@ def test_wide_capacities_compute_the_same_pairs(rounds):
     lengths = [21, 9, 2, 6]
     plan = make_plan(lengths, config, at_least=capacity)
     assert plan.capacity.slots >= capacity.slots > make_plan(lengths, config).capacity.slots
-    np.testing.assert_array_equal(computed(plan, sum(lengths)), causal(lengths))
+    np.testing.assert_array_equal(computed(plan, sum(lengths)), visible(lengths))
 
 
 def test_kinds_say_what_needs_no_mask():

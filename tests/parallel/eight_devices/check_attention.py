@@ -28,7 +28,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 @dataclass(frozen=True)
 class Case:
-    """Workers and shapes; ``tokens`` of a batch fit."""
+    """Workers and shapes; ``tokens`` of a batch fit; ``window`` is the layer's, ``plan_window`` the plan's."""
 
     workers: int
     block: int
@@ -39,10 +39,11 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     backend: str = "rotate"
+    plan_window: int | None = None
 
     @property
     def capacity(self):
-        return roomy(self.workers, self.block, self.slots, self.stage_rounds)
+        return roomy(self.workers, self.block, self.slots, self.stage_rounds, self.plan_window)
 
     @property
     def options(self):
@@ -51,16 +52,16 @@ class Case:
 
 FAST = [
     Case(8, 4, 6, 24, 110, (4, 2, 8)),
-    Case(5, 3, 6, 10, 50, (2, 2, 4), window=7),
+    Case(5, 3, 6, 10, 50, (2, 2, 4), window=7, plan_window=8),
     Case(2, 8, 4, 2, 44, (4, 1, 8), soft_cap=3.0),
     Case(1, 4, 12, 4, 36, (2, 1, 4), window=3),
 ]
 SLOW = [
-    Case(3, 5, 6, 4, 60, (6, 3, 8), window=1),
+    Case(3, 5, 6, 4, 60, (6, 3, 8), window=1, plan_window=1),
     Case(4, 16, 5, 6, 200, (4, 4, 16), soft_cap=20.0),
     Case(6, 2, 7, 16, 50, (4, 2, 4), window=9, soft_cap=2.0),
     Case(7, 1, 9, 56, 40, (2, 1, 8)),
-    Case(8, 8, 6, 12, 180, (8, 1, 8), window=20),
+    Case(8, 8, 6, 12, 180, (8, 1, 8), window=20, plan_window=20),
     Case(8, 4, 6, 12, 110, (4, 2, 8), backend="allgather"),
 ]
 
@@ -178,6 +179,13 @@ def check(case: Case, examples: int):
 @pytest.mark.parametrize("case", FAST, ids=str)
 def test_equals_one_device(case):
     check(case, 6)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_layer_that_sees_more_than_the_plan_is_refused(window):
+    case = Case(2, 4, 4, 2, 20, (2, 1, 4), window=window, plan_window=8)
+    with pytest.raises(ValueError, match=f"window={window}: must be at most 8"):
+        compare(case, [20], 0)
 
 
 @pytest.mark.slow

@@ -20,11 +20,11 @@ def workers(count: int) -> Mesh:
     return Mesh(np.array(devices[:count]), (AXIS,))
 
 
-def roomy(count: int, block: int, slots: int, stage_rounds: int) -> Capacity:
+def roomy(count: int, block: int, slots: int, stage_rounds: int, window: int | None = None) -> Capacity:
     """A capacity that plans of a few slots a worker fit into."""
     shifts = (max(1, slots - 1),) * (count - 1)
     stages = -(-sum(shifts) // stage_rounds)
-    return Capacity(count, block, slots, 4 * slots, stages, stage_rounds, 6 * slots * slots, shifts)
+    return Capacity(count, block, slots, 4 * slots, stages, stage_rounds, 6 * slots * slots, shifts, window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,12 @@ class Packed:
 def packed(lengths, capacity: Capacity, strategy: str = "fcp", rounds: str = "rotations") -> Packed:
     """A batch in a capacity, which must be large enough."""
     config = PlanConfig(
-        capacity.workers, capacity.block, strategy, stage_rounds=capacity.stage_rounds, rounds=rounds
+        capacity.workers,
+        capacity.block,
+        strategy,
+        stage_rounds=capacity.stage_rounds,
+        rounds=rounds,
+        window=capacity.window,
     )
     plan = make_plan(lengths, config, at_least=capacity)
     assert plan.capacity == capacity
