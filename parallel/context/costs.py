@@ -6,9 +6,14 @@ multiprocessors, 25 GB/s to other nodes fit NVIDIA's H20 with one 200 Gb/s adapt
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+
+Pass = Literal["forward", "backward"]
+PASSES: tuple[Pass, ...] = get_args(Pass)
+# Five products of matrices where forward has two: scores again, and the gradients of values, scores, queries and keys.
+_BACKWARD = 2.5
 
 
 class AttentionShape(NamedTuple):
@@ -19,22 +24,34 @@ class AttentionShape(NamedTuple):
         kv_heads: K.
         head_dim: d.
         bytes: of a number that travels.
+        gradient_bytes: of a partial sum of the gradients of keys and values that travels; 2 is what MagiAttention takes
+            unless told otherwise, 4 what ``parallel.context.context_attention`` sends.
     """
 
     heads: int = 64
     kv_heads: int = 8
     head_dim: int = 128
     bytes: int = 2
+    gradient_bytes: int = 2
 
     @property
     def pair_flops(self) -> int:
         """Of one (query token, key token) pair in the forward pass: two products, of all heads."""
         return 4 * self.heads * self.head_dim
 
+    def flops(self, way: Pass) -> float:
+        """Of one pair in a pass."""
+        return self.pair_flops * (_BACKWARD if way == "backward" else 1.0)
+
     @property
     def kv_bytes(self) -> int:
         """Keys and values of one token."""
         return 2 * self.kv_heads * self.head_dim * self.bytes
+
+    @property
+    def gradient_kv_bytes(self) -> int:
+        """Partial gradients of keys and values of one token."""
+        return 2 * self.kv_heads * self.head_dim * self.gradient_bytes
 
     @property
     def query_bytes(self) -> int:

@@ -16,6 +16,8 @@ class Steps:
         seconds: f64[E], of the transfer alone on its link.
         latency: f64[E].
         size: f64[E], what it takes of the receiver's room.
+        after: i64[E]: a transfer of what its sender has computed in this step, which its receiver does not wait for; -1: of
+            what is there, for which it waits.
         work: f64[N, steps], seconds of computing what a step brings.
     """
 
@@ -25,15 +27,24 @@ class Steps:
     seconds: np.ndarray
     latency: np.ndarray
     size: np.ndarray
+    after: np.ndarray
     work: np.ndarray
 
 
-def play(steps: Steps, links: np.ndarray, computed: np.ndarray, pipelined: bool, room: float) -> np.ndarray:
-    """When each worker has computed everything.
+def play(
+    steps: Steps,
+    links: np.ndarray,
+    computed: np.ndarray,
+    pipelined: bool,
+    room: float,
+    apart: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """When each worker has computed everything, and when its link is free.
 
-    A transfer begins when both ends have ended the step before it and the receiver has room; it takes as long as the
-    busier of its two ends needs for all that it sends, or receives, in the step. A worker computes a step's work when all
-    of it is there. Workers do not wait for others than their peers of a step.
+    A transfer begins when both ends have ended the step before it, its sender has computed what it sends, and the
+    receiver has room; it takes as long as the busier of its two ends needs for all that it sends, or receives, in the
+    step. A worker computes a step's work when all of it is there. Workers do not wait for others than their peers of a
+    step.
 
     Args:
         steps: the transfers and what they unlock.
@@ -41,35 +52,43 @@ def play(steps: Steps, links: np.ndarray, computed: np.ndarray, pipelined: bool,
         computed: f64[N], when it is done with the work that needs no transfer.
         pipelined: links and kernels run at the same time; otherwise a worker does one thing after the other.
         room: of what ``size`` counts, how much a worker may have received and not computed; one step always fits.
+        apart: what is sent once it is computed (``after``) has a queue of its own, in which a step waits for none of the
+            other transfers; what both queues take of a link is up to ``seconds``.
 
     Returns:
-        f64[N].
+        f64[N] each.
     """
     workers, count = steps.work.shape
     order = np.argsort(steps.step, kind="stable")
     bounds = np.searchsorted(steps.step[order], np.arange(count + 1))
-    links, done = links.copy(), computed.copy()
+    # Of each worker two queues, the second one behind all first ones.
+    links, done = np.concatenate([links, links]), computed.copy()
     # finished[k]: when everything of the steps before k is computed.
     finished = np.zeros((count + 1, workers))
     before = _must_be_done(steps, workers, count, room) if pipelined and np.isfinite(room) else None
     for number in range(count):
         now = order[bounds[number] : bounds[number + 1]]
-        sender, receiver, seconds = steps.sender[now], steps.receiver[now], steps.seconds[now]
-        begin = links if pipelined else np.maximum(links, done)
+        seconds, after = steps.seconds[now], steps.after[now]
+        queue = np.where(apart & (after >= 0), workers, 0)
+        sender, receiver = steps.sender[now] + queue, steps.receiver[now] + queue
+        begin = links if pipelined else np.maximum(links, np.tile(done, 2))
         accept = begin
         if before is not None:
-            accept = np.maximum(begin, finished[before[number], np.arange(workers)])
-        out = np.bincount(sender, seconds, workers)
-        into = np.bincount(receiver, seconds, workers)
-        end = np.maximum(begin[sender], accept[receiver]) + np.maximum(out[sender], into[receiver])
-        end += steps.latency[now]
-        arrived = np.zeros(workers)
-        np.maximum.at(arrived, receiver, end)
-        links = np.maximum(links, arrived)
+            room_at = finished[before[number], np.arange(workers)]
+            accept = np.maximum(begin, np.concatenate([room_at, np.zeros(workers)]))
+        out = np.bincount(sender, seconds, 2 * workers)
+        into = np.bincount(receiver, seconds, 2 * workers)
+        end = np.maximum(begin[sender], accept[receiver])
+        end = np.maximum(end, finished[after + 1, steps.sender[now]])
+        end += np.maximum(out[sender], into[receiver]) + steps.latency[now]
+        awaited, arrived = after < 0, np.zeros(workers)
+        np.maximum.at(arrived, receiver[awaited], end[awaited])
+        links = links.copy()
+        np.maximum.at(links, receiver, end)
         np.maximum.at(links, sender, end)
         done = np.where(arrived > 0, np.maximum(done, arrived), done) + steps.work[:, number]
         finished[number + 1] = done
-    return done
+    return done, links.reshape(2, workers).max(0)
 
 
 def _must_be_done(steps: Steps, workers: int, count: int, room: float) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.context import draw_lengths
+from parallel.context import PlanConfig, draw_lengths, make_plan
 from parallel.context.costs import AttentionShape, Costs
 from parallel.context.rivals import causal_pairs, chunked_ring, shared_heads
 from parallel.context.simulate import (
@@ -19,25 +19,24 @@ from parallel.context.simulate import (
     plan_for,
     simulate,
     simulate_plan,
-    work_of,
 )
 from parallel.context.timeline import Steps, play
+from parallel.context.work import spread_of, work_of
 
 SHAPE = AttentionShape(heads=8, kv_heads=2, head_dim=16)
-PLANNED = [kind for kind in KINDS if kind not in ("zigzag-each", "ulysses", "grouping")]
+PLANNED = [kind for kind in KINDS if kind not in ("zigzag-each", "ulysses", "magi", "grouping")]
 LENGTHS = st.lists(st.integers(1, 3000), min_size=1, max_size=12)
 
 
 def steps(transfers, work, seconds=1.0, latency=0.0):
     step, sender, receiver = np.array(transfers, np.int64).reshape(-1, 3).T
     full = np.full(len(step), seconds)
-    return Steps(
-        step, sender, receiver, full, np.full(len(step), latency), np.ones(len(step)), np.array(work)
-    )
+    ones = np.ones(len(step))
+    return Steps(step, sender, receiver, full, latency * ones, ones, np.full(len(step), -1), np.array(work))
 
 
 def played(made, local, pipelined=True, room=math.inf):
-    return play(made, np.zeros(len(local)), np.array(local, float), pipelined, room).tolist()
+    return play(made, np.zeros(len(local)), np.array(local, float), pipelined, room)[0].tolist()
 
 
 def test_transfers_hide_behind_local_work_and_expose_the_rest():
@@ -111,7 +110,7 @@ def test_a_slower_network_is_never_faster(lengths, kind):
 def test_every_pair_is_work_of_a_step_that_can_bring_it(lengths, kind, name):
     plan = plan_for(np.array(lengths), 4, kind, Costs(), 512)
     step = plan.rounds // 3
-    work = work_of(plan, step, whole_runs=False)
+    work = work_of(spread_of(plan, step, whole_runs=False))
     assert work.pairs.sum() == causal_pairs(np.array(lengths)).sum()
     steps_in = set(zip(plan.moves.receiver.tolist(), step.tolist()))
     assert set(zip(work.worker[work.step >= 0].tolist(), work.step[work.step >= 0].tolist())) <= steps_in
@@ -120,8 +119,8 @@ def test_every_pair_is_work_of_a_step_that_can_bring_it(lengths, kind, name):
 
 def test_a_document_alone_is_one_chunk_and_a_block_with_more_keys_a_larger_one():
     plan = plan_for(np.array([2048]), 1, "ring", Costs(), 512)
-    assert work_of(plan, plan.rounds, whole_runs=True).tokens.tolist() == [2048.0] * 10
-    by_block = work_of(plan, plan.rounds, whole_runs=False)
+    assert work_of(spread_of(plan, plan.rounds, whole_runs=True)).tokens.tolist() == [2048.0] * 10
+    by_block = work_of(spread_of(plan, plan.rounds, whole_runs=False))
     # Block i has i + 1 blocks of keys.
     assert sorted(set(by_block.tokens.tolist())) == [512 * math.sqrt(n) for n in (1, 2, 3, 4)]
 
@@ -199,6 +198,16 @@ def test_groups_are_the_better_of_two_ways_and_keep_to_their_memory(seed):
     assert found.seconds <= np.minimum(*whole).sum() * 1.05
     alone = simulate(np.full(32, 1000), 32, "grouping")
     assert alone.received == 0 and alone.balance == pytest.approx(1)
+
+
+def test_a_window_saves_the_work_that_it_hides(seed):
+    lengths, times = draw_lengths("log-normal", 16 * 32_768, seed), []
+    for window in (None, 4096):
+        plan = make_plan(lengths, PlanConfig(16, window=window))
+        work = work_of(spread_of(plan, plan.rounds, whole_runs=False))
+        assert work.pairs.sum() == plan.blocks.work.sum()
+        times.append(simulate_plan(plan, "fcp", passes="both").seconds)
+    assert times[1] < times[0]
 
 
 @pytest.mark.parametrize(
