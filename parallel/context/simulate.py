@@ -12,6 +12,7 @@ import numpy as np
 
 from parallel.context.costs import PASSES, AttentionShape, Costs, Pass
 from parallel.context.groups import grouping
+from parallel.context.magi import magi
 from parallel.context.outcome import Result, added, result_of
 from parallel.context.passes import STAY, Reshuffle, run
 from parallel.context.plan import Plan, PlanConfig, make_plan
@@ -19,11 +20,11 @@ from parallel.context.rivals import causal_pairs, ulysses, zigzag_each
 from parallel.context.rounds import Links
 from parallel.context.work import spread_of, work_of
 
-Kind = Literal["fcp", "fcp-pairs", "ring", "zigzag", "zigzag-each", "ulysses", "document", "grouping"]
+Kind = Literal["fcp", "fcp-pairs", "ring", "zigzag", "zigzag-each", "ulysses", "document", "magi", "grouping"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Passes = Literal["forward", "backward", "both"]
 _WAYS: dict[str, tuple[Pass, ...]] = {**{way: (way,) for way in PASSES}, "both": PASSES}
-_UNPLANNED = {"zigzag-each": zigzag_each, "ulysses": ulysses, "grouping": grouping}
+_UNPLANNED = {"zigzag-each": zigzag_each, "ulysses": ulysses, "magi": magi, "grouping": grouping}
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def simulate(
     Args:
         lengths: tokens of each document.
         workers: how many.
-        kind: of context parallelism; ``zigzag-each``, ``ulysses`` and ``grouping`` are those of
-            :mod:`parallel.context.rivals` and ``.groups``, the others have plans.
+        kind: of context parallelism; ``zigzag-each``, ``ulysses``, ``magi`` and ``grouping`` are those of
+            :mod:`parallel.context.rivals`, ``.magi`` and ``.groups``, the others have plans.
         shape: of the attention.
         costs: of the machine.
         system: of FCP.
