@@ -14,20 +14,15 @@ import datetime
 import json
 import statistics
 import sys
-import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench._fcp_cpu import Kernel, fitted, forward, predicted, square, turn_by_turn
 from jaxllm.cli import machine
-from pallas_kernels.attention import attention
 from parallel.context import Plan, PlanConfig, make_plan
-from parallel.context.costs import AttentionShape, Costs
+from parallel.context.costs import AttentionShape
 
 RESULTS = Path(__file__).parents[1] / "results"
 SHAPE = AttentionShape(heads=8, kv_heads=2, head_dim=64, bytes=4)
@@ -36,34 +31,6 @@ WORKERS, BLOCK = 8, 256
 DOCUMENTS = (16, 6, 4, 2, 1, 1, 1, 1)
 CALIBRATED, OTHERS = (256, 1024, 4096), ((512, 512), (2048, 2048), (256, 2048), (512, 4096))
 KINDS = ("fcp", "ring", "zigzag", "document")
-
-# Queries, keys, and (query, key) pairs that are visible.
-Kernel = tuple[int, int, int]
-
-
-def square(tokens: int) -> Kernel:
-    """A document alone."""
-    return tokens, tokens, tokens * (tokens + 1) // 2
-
-
-def predicted(kernel: Kernel, costs: Costs) -> float:
-    """Seconds by the simulator's rules; the masked part of a chunk with itself counts as area."""
-    queries, keys, pairs = kernel
-    side = np.sqrt(np.array([queries * keys], np.float64))
-    return float(pairs * SHAPE.pair_flops / costs.rate(side, copying=False)[0])
-
-
-def fitted(seconds: dict[int, float]) -> Costs:
-    """The kernel's curve through measured squares, by least squares of the logarithm over a grid."""
-    best = (float("inf"), Costs())
-    for tokens in np.geomspace(10, 4000, 200):
-        base = replace(Costs(), peak=1.0, kernel_best=1.0, kernel_tokens=float(tokens))
-        logs = [np.log(predicted(square(n), base) / s) for n, s in seconds.items()]
-        peak = float(np.exp(np.mean(logs)))
-        error = float(np.var(logs))
-        if error < best[0]:
-            best = error, replace(base, peak=peak)
-    return best[1]
 
 
 def kernels(plan: Plan, kind: str) -> list[list[Kernel]]:
@@ -96,41 +63,9 @@ def kernels(plan: Plan, kind: str) -> list[list[Kernel]]:
     return made
 
 
-@partial(jax.jit, static_argnums=0)
-def _attend(local: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    queries, keys = q.shape[1], k.shape[1]
-    ones = partial(jnp.ones, dtype=jnp.int32)
-    # Local queries are the last of their keys; others come after all of them.
-    first = keys - queries if local else keys
-    return attention(
-        q,
-        k,
-        v,
-        q_positions=first + jnp.arange(queries)[None],
-        kv_positions=jnp.arange(keys)[None],
-        q_segment_ids=ones((1, queries)),
-        kv_segment_ids=ones((1, keys)),
-    )
-
-
 def measured(wanted: set[Kernel], repeats: int) -> dict[Kernel, float]:
     """Median seconds of each kernel, all of them turn by turn."""
-    rng = np.random.default_rng(0)
-    calls = {}
-    for kernel in sorted(wanted):
-        queries, keys, pairs = kernel
-        shapes = [(1, queries, SHAPE.heads), (1, keys, SHAPE.kv_heads), (1, keys, SHAPE.kv_heads)]
-        tensors = [
-            jnp.asarray(rng.standard_normal((*shape, SHAPE.head_dim)), jnp.float32) for shape in shapes
-        ]
-        calls[kernel] = partial(_attend, pairs < queries * keys, *tensors)
-        calls[kernel]().block_until_ready()
-    times: dict[Kernel, list[float]] = {kernel: [] for kernel in calls}
-    for _ in range(repeats):
-        for kernel, call in calls.items():
-            begin = time.perf_counter()
-            call().block_until_ready()
-            times[kernel].append(time.perf_counter() - begin)
+    times = turn_by_turn({kernel: forward(kernel, SHAPE) for kernel in sorted(wanted)}, repeats)
     return {kernel: statistics.median(each) for kernel, each in times.items()}
 
 
@@ -148,11 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or (root / "runs" if options.quick else RESULTS) / "fcp_compute.json"
     kinds, repeats = (KINDS[:2], 1) if options.quick else (KINDS, 5)
     first = measured({square(n) for n in CALIBRATED}, repeats)
-    costs = fitted({n: first[square(n)] for n in CALIBRATED})
+    costs = fitted({n: first[square(n)] for n in CALIBRATED}, SHAPE)
     singles = [square(q) if q == k else (q, k, q * k) for q, k in OTHERS]
     lengths = np.array(DOCUMENTS) * BLOCK
     work = {kind: kernels(make_plan(lengths, PlanConfig(WORKERS, BLOCK, kind)), kind) for kind in kinds}
-    slowest = {k: max(sum(predicted(x, costs) for x in w) for w in of) for k, of in work.items()}
+    slowest = {k: max(sum(predicted(x, costs, SHAPE) for x in w) for w in of) for k, of in work.items()}
     report: dict[str, Any] = {
         "command": "python -m experiments.bench.fcp_compute",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -161,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": machine.describe(),
         "curve": {"flops": costs.peak, "tokens": costs.kernel_tokens},
         "kernels": [
-            {"queries": q, "keys": k, "predicted": predicted((q, k, n), costs)} for q, k, n in singles
+            {"queries": q, "keys": k, "predicted": predicted((q, k, n), costs, SHAPE)} for q, k, n in singles
         ],
         "slowest": {kind: {"predicted": seconds} for kind, seconds in slowest.items()},
         "over_fcp": {kind: {"predicted": seconds / slowest["fcp"]} for kind, seconds in slowest.items()},

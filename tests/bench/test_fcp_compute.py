@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.bench import fcp_compute
+from experiments.bench import _fcp_cpu, fcp_compute
 from parallel.context import PlanConfig, make_plan
 from parallel.context.costs import Costs
 from parallel.context.rivals import causal_pairs
@@ -26,8 +26,10 @@ def test_kernels_are_all_of_attention(kind):
 
 def test_the_fit_finds_a_curve_that_is_there():
     true = replace(Costs(), peak=2e11, kernel_best=1.0, kernel_tokens=300.0)
-    seconds = {n: fcp_compute.predicted(fcp_compute.square(n), true) for n in fcp_compute.CALIBRATED}
-    found = fcp_compute.fitted(seconds)
+    shape = fcp_compute.SHAPE
+    squares = {n: _fcp_cpu.square(n) for n in fcp_compute.CALIBRATED}
+    seconds = {n: _fcp_cpu.predicted(kernel, true, shape) for n, kernel in squares.items()}
+    found = _fcp_cpu.fitted(seconds, shape)
     assert found.peak == pytest.approx(2e11, rel=0.02)
     assert found.kernel_tokens == pytest.approx(300, rel=0.05)
 
@@ -39,7 +41,7 @@ def test_predictions_are_written_before_anything_is_timed(tmp_path, monkeypatch)
 
     def timed(wanted, repeats):
         calls.append(json.loads(out.read_text()) if out.exists() else None)
-        return {kernel: fcp_compute.predicted(kernel, Costs()) for kernel in wanted}
+        return {kernel: _fcp_cpu.predicted(kernel, Costs(), fcp_compute.SHAPE) for kernel in wanted}
 
     monkeypatch.setattr(fcp_compute, "measured", timed)
     assert fcp_compute.main(["--quick", "--out", str(out)]) == 0
