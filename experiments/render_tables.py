@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import _op_table
+from experiments import _fcp_pair_table, _op_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -374,6 +374,13 @@ def fcp_compute(data: dict[str, Any]) -> str:
     return f"{markdown(('', 'predicted', 'measured'), lines, right=[1, 2])}\nMeasured on: {where}.\n"
 
 
+def fcp_pair(data: dict[str, Any]) -> str:
+    """What ``bench/fcp_pair.py`` predicted of two processes and then timed."""
+    text = markdown(_fcp_pair_table.RATIOS, _fcp_pair_table.ratios(data), right=[2, 3, 4])
+    known = markdown(_fcp_pair_table.CONSTANTS, _fcp_pair_table.constants(data), right=[1, 2])
+    return f"{text}\n{known}\n{_fcp_pair_table.steps(data)}\n"
+
+
 def _decode_peers(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
@@ -424,6 +431,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "long_context": long_context,
     "fcp": fcp,
     "fcp_compute": fcp_compute,
+    "fcp_pair": fcp_pair,
 }
 
 
