@@ -2,7 +2,7 @@
 
 from typing import Any
 
-RATIOS = ("batch", "steps", "simulator", "sum of kernels", "measured", "quartiles", "error of the simulator")
+RATIOS = ("batch", "steps", "simulator", "tiles", "measured", "quartiles", "error of the simulator")
 CONSTANTS = ("measured beforehand", "forward", "backward")
 
 
@@ -16,7 +16,7 @@ def ratios(data: dict[str, Any]) -> list[tuple[str, ...]]:
                 (
                     name,
                     f"{kind} over fcp",
-                    *(f"{x:.2f}" for x in (ratio["predicted"], ratio["from_kernels"], measured["median"])),
+                    *(f"{x:.2f}" for x in (ratio["predicted"], ratio["by_tiles"], measured["median"])),
                     f"{measured['low']:.2f} to {measured['high']:.2f}",
                     f"{ratio['error']:+.0%}: {ratio['verdict']}",
                 )
@@ -27,12 +27,11 @@ def ratios(data: dict[str, Any]) -> list[tuple[str, ...]]:
 def constants(data: dict[str, Any]) -> list[tuple[str, ...]]:
     """Lines of ``CONSTANTS``."""
     phases = [data["machine"][name] for name in ("forward", "backward")]
-    block = f"{data['inputs']['block']:,}"
+    queries, keys = data["inputs"]["tile"]
     told = (
         ("GFLOP/s that long chunks reach", "flops", 1e-9, 1),
         ("tokens of the curve", "tokens", 1, 0),
-        (f"ms of {block} queries and {block} other keys", "full", 1e3, 1),
-        (f"ms of {block} queries and their own keys", "diagonal", 1e3, 1),
+        (f"ms of a tile of {queries} queries and {keys} keys", "tile", 1e3, 3),
         ("time while the other core computes, over alone", "crowding", 1, 2),
     )
     return [

@@ -1,22 +1,26 @@
-"""What a training step of attention on two processes should take on this CPU, by the FCP simulator and by sums of kernels.
+"""What a training step of attention on two processes should take on this CPU, by the FCP simulator and by counting tiles.
 
 Everything here is arithmetic on plans and on constants that were measured before any step.
 """
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
-from parallel.context import DIAGONAL, Plan, PlanConfig, draw_lengths, make_plan, planned_bytes
+from pallas_kernels.attention.blocks import NO_KEY, NO_QUERY, visits_any, whole
+from parallel.context import Plan, PlanConfig, draw_lengths, layout, make_plan, planned_bytes
 from parallel.context.costs import AttentionShape, Costs
 from parallel.context.simulate import System, simulate_plan
 
 WORKERS = 2
-# A worker of two receives less than it holds, so that one stage brings all of it.
-STAGE_ROUNDS = 8
-# Documents as published (parallel/context/lengths.py), cut down to batches that a core computes in seconds.
-SHRUNK = 16
+# Tokens of documents, of blocks and of a worker are a fourth of those that the simulator is used for, so that a core
+# computes them in seconds.
+SHRUNK = 4
+# Queries and keys that the kernel computes at once on CPUs (pallas_kernels/attention/xla.py).
+TILE = (128, 512)
 # Of a measured ratio, how far the prediction may be away.
 TOLERANCE = 0.15
 
@@ -27,14 +31,12 @@ class Phase:
 
     Attributes:
         costs: the simulator's, their curve that of the kernel.
-        full: seconds of one block of queries against another block of keys.
-        diagonal: of a block against itself.
+        tile: seconds of ``TILE`` of queries and keys.
         crowding: seconds while the other core computes too, over those while it does not.
     """
 
     costs: Costs
-    full: float
-    diagonal: float
+    tile: float
     crowding: float
 
 
@@ -70,7 +72,7 @@ def shrunk(name: str, tokens: int, seed: int) -> np.ndarray:
 
 def pair_plan(lengths: np.ndarray, block: int, kind: str) -> Plan:
     """The plan of a batch for the two, by rotations, which is what CPUs can do."""
-    return make_plan(lengths, PlanConfig(WORKERS, block, kind, stage_rounds=STAGE_ROUNDS, rounds="rotations"))
+    return make_plan(lengths, PlanConfig(WORKERS, block, kind, rounds="rotations"))
 
 
 def step_bytes(plan: Plan, shape: AttentionShape) -> int:
@@ -100,6 +102,42 @@ def transfer_seconds(plan: Plan, shape: AttentionShape, machine: Machine) -> flo
     return step_bytes(plan, shape) / machine.bandwidth + 3 * 2 * stages * machine.latency
 
 
+def tiles(plan: Plan) -> np.ndarray:
+    """i64[N]: tiles that each worker's kernels compute for the pairs of blocks that its plan lists."""
+    places, arrays, capacity = layout(plan), plan.arrays, plan.capacity
+    queries, keys = (min(capacity.block, size) for size in TILE)
+    found = np.zeros(capacity.workers, np.int64)
+    for worker in range(capacity.workers):
+        stage = np.repeat(np.arange(-1, capacity.stages), np.diff(arrays.work_start[worker]))
+        row, number, _ = arrays.work[worker, : len(stage)].T
+        if keys == capacity.block:
+            # Nothing is skipped where one tile has all keys.
+            found[worker] = len(row) * -(-capacity.block // queries)
+            continue
+        # A worker's slots, then what each round brings.
+        source = np.where(stage < 0, number, number + stage * capacity.stage_rounds)
+        document, position = arrays.receive_document[worker], arrays.receive_position[worker]
+        came_ids = np.broadcast_to(document[:, None] + 1, (len(document), capacity.block))
+        ids = np.concatenate([places.segment_ids[worker], came_ids])
+        positions = np.concatenate(
+            [places.positions[worker], position[:, None] + np.arange(capacity.block, dtype=np.int32)]
+        )
+        given = (ids[row], positions[row], ids[source], positions[source])
+        found[worker] = int(_visited(queries, keys, *(x[:, None] for x in given)))
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _visited(queries: int, keys: int, *given: jax.Array) -> jax.Array:
+    """Tiles of all pairs; ids and positions [M, 1, block] of their queries and of their keys."""
+
+    def one(q_ids: jax.Array, q_positions: jax.Array, ids: jax.Array, positions: jax.Array) -> jax.Array:
+        seen = whole(q_ids, q_positions, queries, NO_QUERY), whole(ids, positions, keys, NO_KEY)
+        return visits_any(*seen, queries, keys, None)[1].sum()
+
+    return jax.vmap(one)(*given).sum()
+
+
 def predict(plan: Plan, kind: str, machine: Machine, shape: AttentionShape) -> dict[str, float]:
     """Seconds of a step, forward and backward.
 
@@ -108,14 +146,12 @@ def predict(plan: Plan, kind: str, machine: Machine, shape: AttentionShape) -> d
 
     Returns:
         simulator: by :func:`parallel.context.simulate.simulate_plan` with the measured curves.
-        kernels: by counting the kernels that the plan lists, each of the measured time of its kind.
+        tiles: by :func:`tiles`, each of the measured time.
         transfers: the part of both that is transfers.
     """
     travel = transfer_seconds(plan, shape, machine)
-    simulated = summed = travel
-    work, ends = plan.arrays.work[..., 2], plan.arrays.work_start[:, -1]
-    listed = np.arange(work.shape[1]) < ends[:, None]
-    diagonal = (listed & (work == DIAGONAL)).sum(1)
+    simulated = counted = travel
+    count = tiles(plan)
     for phase in (machine.forward, machine.backward):
         costs = replace(
             phase.costs,
@@ -129,9 +165,8 @@ def predict(plan: Plan, kind: str, machine: Machine, shape: AttentionShape) -> d
         busy = result.overlap * result.seconds
         idle = (2 * result.balance - 1) * busy
         simulated += result.seconds + (phase.crowding - 1) * idle
-        each = phase.diagonal * diagonal + phase.full * (ends - diagonal)
-        summed += each.max() + (phase.crowding - 1) * each.min()
-    return {"simulator": float(simulated), "kernels": float(summed), "transfers": travel}
+        counted += phase.tile * (count.max() + (phase.crowding - 1) * count.min())
+    return {"simulator": float(simulated), "tiles": float(counted), "transfers": travel}
 
 
 def verdict(predicted: float, measured: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from experiments import render_tables
 from experiments.bench import fcp_pair
 from experiments.bench._fcp_pair import (
+    TILE,
     Machine,
     Phase,
     fitted_transfers,
@@ -17,9 +18,11 @@ from experiments.bench._fcp_pair import (
     predict,
     shrunk,
     step_bytes,
+    tiles,
     transfer_seconds,
     verdict,
 )
+from pallas_kernels.attention import xla
 from parallel.context import STRATEGIES
 from parallel.context.costs import AttentionShape, Costs
 
@@ -31,10 +34,9 @@ PAIR = SHAPE.pair_flops / FLAT.peak
 
 
 def machine(crowding: float = 1.0, bandwidth: float = 1e30, latency: float = 0.0) -> Machine:
-    full = BLOCK * BLOCK * PAIR
-    phase = Phase(FLAT, full, full / 2, crowding)
+    phase = Phase(FLAT, TILE[0] * TILE[1] * PAIR, crowding)
     return Machine(
-        phase, replace(phase, costs=replace(FLAT, peak=5e8), full=2 * full, diagonal=full), bandwidth, latency
+        phase, replace(phase, costs=replace(FLAT, peak=5e8), tile=2 * phase.tile), bandwidth, latency
     )
 
 
@@ -42,7 +44,7 @@ def work(plan) -> np.ndarray:
     return np.bincount(plan.placement.worker, plan.blocks.work, 2)
 
 
-LENGTHS = long_last(8 * BLOCK, BLOCK // 8)
+LENGTHS = long_last(16 * BLOCK, BLOCK // 4)
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
@@ -52,8 +54,6 @@ def test_with_a_flat_curve_the_busiest_worker_decides(kind):
     # Backward at half the speed of forward.
     assert found["simulator"] == pytest.approx(3 * work(plan).max() * PAIR, rel=1e-6)
     assert found["transfers"] == pytest.approx(0, abs=1e-12)
-    # Kernels of whole blocks: the shorts' own slots count as diagonals, which they do not fill.
-    assert found["kernels"] >= 3 * (work(plan).max() - len(plan.blocks) * BLOCK) * PAIR
 
 
 def test_a_ring_on_a_long_last_document_is_slower_by_the_work_that_it_leaves_to_one():
@@ -68,7 +68,7 @@ def test_a_crowded_machine_delays_by_what_the_idler_core_computes():
     quiet, crowded = (predict(plan, "ring", machine(c), SHAPE) for c in (1.0, 1.25))
     late = crowded["simulator"] - quiet["simulator"]
     assert late == pytest.approx(0.25 * 3 * work(plan).min() * PAIR, rel=1e-6)
-    assert crowded["kernels"] > quiet["kernels"]
+    assert crowded["tiles"] > quiet["tiles"]
 
 
 @pytest.mark.parametrize("kind", ["fcp", "ring", "zigzag"])
@@ -83,7 +83,20 @@ def test_transfers_are_three_times_the_blocks_that_move(kind):
     seconds = transfer_seconds(plan, SHAPE, slow)
     assert seconds == pytest.approx(step_bytes(plan, SHAPE) / 1e6 + 6e-3)
     found = predict(plan, kind, slow, SHAPE)
-    assert found["transfers"] == seconds and found["kernels"] > seconds
+    assert found["transfers"] == seconds and found["tiles"] > seconds
+
+
+def test_tiles_are_those_that_some_pair_of_tokens_needs():
+    assert TILE == (xla._BLOCK, xla._KEYS)
+    block = 1024
+    # Blocks 0 to 2 of one document; a slot of two, whose second half sees nothing of the first.
+    plan = pair_plan(np.array([3 * block, 512, 512]), block, "ring")
+    assert plan.placement.worker.tolist() == [0, 0, 1, 1, 1]
+    own, other = 4 * 1 + 4 * 2, 8 * 2
+    np.testing.assert_array_equal(tiles(plan), [2 * own + other, own + 2 * other + 8])
+    small = pair_plan(np.array([600, 100]), 128, "ring")
+    listed = small.arrays.work_start[:, -1]
+    np.testing.assert_array_equal(tiles(small), listed)
 
 
 def test_bandwidth_and_latency_are_found_in_exact_times():
@@ -96,7 +109,7 @@ def test_bandwidth_and_latency_are_found_in_exact_times():
 def test_batches_hold_what_they_should():
     for size in (fcp_pair.FULL, fcp_pair.QUICK):
         for lengths in size.batches.values():
-            assert lengths.sum() == 8 * size.block and lengths.min() >= 1
+            assert lengths.sum() == 16 * size.block and lengths.min() >= 1
     assert long_last(4096, 64).max() == 3072
     np.testing.assert_array_equal(shrunk("log-normal", 4096, 3), shrunk("log-normal", 4096, 3))
 
