@@ -7,6 +7,7 @@ os.sched_setaffinity(0, {int(os.environ["FCP_PAIR_CORE"])})
 
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
@@ -35,8 +36,19 @@ AXIS = "context"
 EACH = PartitionSpec(AXIS)
 
 
+def _losses(out: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of each token, half the squared distance of its output from a target."""
+    return 0.5 * jnp.sum(jnp.square(out - targets), axis=(-2, -1))
+
+
+def _with_gradients(losses: Callable[..., jax.Array], *qkv: jax.Array) -> tuple[jax.Array, Any]:
+    """Each token's loss, and gradients of their sum, which is taken in float64 outside."""
+    each, back = jax.vjp(losses, *qkv)
+    return each, back(jnp.ones_like(each))
+
+
 class Half:
-    """Attention in float32; the loss is half the squared distance of its output from given targets."""
+    """Attention in float32 and a loss after it, on this process's half of a batch."""
 
     def join(self, shape: dict[str, int]) -> dict[str, Any]:
         """Meet the other process."""
@@ -96,17 +108,15 @@ class Half:
         ids = jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths), jnp.int32)[None]
         places = jnp.asarray(np.concatenate([np.arange(n) for n in lengths]), jnp.int32)[None]
 
-        @jax.jit
-        @jax.value_and_grad
-        def step(qkv: tuple[jax.Array, ...]) -> jax.Array:
+        def losses(*qkv: jax.Array) -> jax.Array:
             out = attention(
                 *qkv, q_positions=places, kv_positions=places, q_segment_ids=ids, kv_segment_ids=ids
             )
-            return 0.5 * jnp.sum(jnp.square(out - targets))
+            return _losses(out, targets)
 
-        loss, gradients = step((q, k, v))
+        each, gradients = jax.jit(partial(_with_gradients, losses))(q, k, v)
         self.gradients = [np.asarray(x[0]) for x in gradients]
-        return float(loss)
+        return float(np.asarray(each, np.float64).sum())
 
     def prepare(self, name: str, kind: str, block: int) -> dict[str, Any]:
         """Compile a strategy's step of the batch; what it sends, its part of the loss, the largest errors of gradients.
@@ -124,19 +134,18 @@ class Half:
         def losses(*given: Any) -> jax.Array:
             q, k, v, targets, arrays, places = (own(x) for x in given)
             out = context_attention(q, k, v, arrays, places, exchange)
-            return 0.5 * jnp.sum(jnp.square(out - targets))[None]
+            return _losses(out, targets)[None]
 
         specs = (EACH, EACH, EACH, EACH, *plan_specs(AXIS))
         over = jax.shard_map(losses, mesh=self.mesh, in_specs=specs, out_specs=EACH, check_vma=False)
 
         def step(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-            loss, back = jax.vjp(lambda *qkv: over(*qkv, *rest), q, k, v)
-            return loss, back(jnp.ones_like(loss))
+            return _with_gradients(lambda *qkv: over(*qkv, *rest), q, k, v)
 
         given = jax.tree.map(self._global, (*slots, plan.arrays, Layout(*places)), specs)
         compiled = jax.jit(step).lower(*given).compile()
         self.steps[name] = lambda: compiled(*given)
-        loss, gradients = self.steps[name]()
+        each, gradients = self.steps[name]()
         mine = places.index[jax.process_index()]
         at, errors = mine[mine >= 0], []
         for ours, theirs in zip(gradients, self.gradients, strict=True):
@@ -144,7 +153,7 @@ class Half:
             errors.append(float(np.abs(local - theirs[at]).max() / np.abs(theirs).max()))
         return {
             "bytes": compiled_bytes(compiled.as_text(), WORKERS),
-            "loss": float(loss.addressable_data(0)[0]),
+            "loss": float(np.asarray(each.addressable_data(0), np.float64).sum()),
             "errors": errors,
         }
 
