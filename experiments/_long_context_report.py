@@ -83,8 +83,10 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     places = [
         (name, *place)
         for name, model in found.items()
-        for place in dict.fromkeys((row["task"], row["length"]) for row in model["rows"])
+        for place in dict.fromkeys((r["task"], r["length"]) for r in model["rows"] if r["policy"] != "dense")
     ]
+    if not places:
+        return
     columns = min(len(places), 3)
     lines = -(-len(places) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.6 * lines + 0.6), dpi=110, layout="constrained")

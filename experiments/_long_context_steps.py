@@ -31,7 +31,7 @@ PAGE = 16
 CHUNK = 512
 # Tokens of a prompt that every policy reads itself: more than any looks back to at a prompt's end.
 LAST = 64
-# Least room for steps of a program: a question and a piece of text are served by the same.
+# Steps of a program at most: a question, a piece of text and a piece of a long output are served by the same.
 STEPS = 128
 TAPS = frozenset({"kv_read", "kv_stored", "kv_recall"})
 
@@ -100,7 +100,16 @@ class Reader:
         self.params: Params = operands(model.cfg, model.params)
         self.layers = model.cfg.pattern.count("*")
 
-    def begin(self, prompt: Sequence[int], dtype: str, more: int, *, sums: bool = False) -> Begun:
+    def begin(
+        self,
+        prompt: Sequence[int],
+        dtype: str,
+        more: int,
+        *,
+        sums: bool = False,
+        page: int = PAGE,
+        scorer: str = "minmax",
+    ) -> Begun:
         """Read a prompt except for its end.
 
         Args:
@@ -108,12 +117,14 @@ class Reader:
             dtype: of keys and values.
             more: tokens that come after the prompt.
             sums: for H2O, which adds up the attention of the whole prompt; else for every other policy.
+            page: tokens of a page.
+            scorer: of Quest, whose boxes are made page by page.
         """
-        capacity = -(-(len(prompt) + more) // PAGE) * PAGE
+        capacity = -(-(len(prompt) + more) // page) * page
         # Nothing is evicted, and what these two note down while reading is noted for any of their settings.
         big = 2 * capacity
-        policy = H2O(heavy=big, recent=big) if sums else Quest(budget=1.0, dense_layers=())
-        cache = init_cache(self.cfg, 1, capacity, KVCache(dtype, PAGE), policy)
+        policy = H2O(heavy=big, recent=big) if sums else Quest(budget=1.0, scorer=scorer, dense_layers=())
+        cache = init_cache(self.cfg, 1, capacity, KVCache(dtype, page), policy)
         read = max(len(prompt) - LAST, 0)
         for start in range(0, read, CHUNK):
             cache = self._read(cache, prompt[start : min(start + CHUNK, read)], start, CHUNK, final=False)
@@ -159,16 +170,29 @@ class Reader:
         Returns:
             ``len(given) + new - 1`` steps, or ``len(given)`` without new ones.
         """
-        steps = len(given) + max(new - 1, 0)
-        width = _power_of_two(max(steps, STEPS))
-        row = np.zeros(width, np.int32)
-        row[: len(given)] = given
+        total = len(given) + max(new - 1, 0)
         cache = jax.tree.map(jnp.copy, cache) if keep else cache
         program = _follow_jit(self.cfg.precision.operand or self.cfg.precision.compute)
-        out, cache = program(
-            self.params, cache, row, len(given), steps, start, cfg=self.cfg, bound=capacity_of(cache)
-        )
-        tokens, logprobs, aux = jax.tree.map(lambda leaf: np.asarray(leaf)[:steps], out)
+        known, parts = list(given), []
+        # In pieces: one program per policy serves questions and long outputs.
+        for done in range(0, total, STEPS):
+            steps, told = min(STEPS, total - done), known[done : done + STEPS]
+            row = np.zeros(STEPS, np.int32)
+            row[: len(told)] = told
+            out, cache = program(
+                self.params,
+                cache,
+                row,
+                len(told),
+                steps,
+                start + done,
+                cfg=self.cfg,
+                bound=capacity_of(cache),
+            )
+            parts.append(jax.tree.map(lambda leaf, n=steps: np.asarray(leaf)[:n], out))
+            # What it chose is what the next piece reads on from.
+            known += parts[-1][0][len(known) - done - 1 :].tolist() if done + steps >= len(known) else []
+        tokens, logprobs, aux = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         # Sliding windows report too, and have no policy.
         full = [letter == "*" for letter in self.cfg.pattern if letter in "*W"]
         named = (aux[name][:, full, 0] for name in ("kv_read", "kv_stored", "kv_recall"))
@@ -196,6 +220,8 @@ def under(cache: Cache, policy: Policy) -> Cache:
             same = isinstance(wanted, type(state.policy))
             if isinstance(wanted, H2O) and not same:
                 raise ValueError("H2O needs the sums of the whole prompt: begin(..., sums=True)")
+            if isinstance(wanted, Quest) and not (same and wanted.scorer == state.policy.scorer):
+                raise ValueError("Quest needs the boxes of the whole prompt: begin(..., scorer=...)")
             wanted.check(state.layout)
             memory = state.memory if same else jax.tree.map(jnp.copy, wanted.init(state.layout))
             state = replace(state, policy=wanted, memory=memory)

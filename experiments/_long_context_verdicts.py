@@ -73,11 +73,11 @@ class Figures:
 
     Attributes:
         rows: of :func:`aggregated`.
-        refused: (task, length, budget) to the reason why it is not counted.
+        refused: (task, length, budget) to the reason why it is not counted; budget None: at none, and none was measured.
     """
 
     rows: list[Row]
-    refused: dict[tuple[str, int, float], str] = field(init=False)
+    refused: dict[tuple[str, int, float | None], str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.refused = {}
@@ -88,6 +88,12 @@ class Figures:
             reason = entry(self.dense(*place)["accuracy"], window["accuracy"])
             if reason is not None:
                 self.refused[(*place, window["setting"])] = reason
+        asked = {place[:2] for place in self.refused}
+        for dense in self.select(policy="dense", dtype="compute"):
+            place = dense["task"], dense["length"]
+            reason = None if dense["accuracy"] is None else entry(dense["accuracy"], 0.0)
+            if reason is not None and place not in asked:
+                self.refused[(*place, None)] = reason
 
     def select(self, **wanted: Any) -> list[Row]:
         """Rows with these values."""
@@ -250,6 +256,11 @@ def _verdict(found: Sequence[Row], good: bool) -> str:
 def left_out(figures: Figures) -> list[Row]:
     """Tasks that are not counted, and why."""
     return [
-        {"task": task, "length": length, "budget": budget_label(budget), "reason": reason}
+        {
+            "task": task,
+            "length": length,
+            "budget": "any" if budget is None else budget_label(budget),
+            "reason": reason,
+        }
         for (task, length, budget), reason in figures.refused.items()
     ]

@@ -24,14 +24,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from experiments._long_context_cases import Variant, held_bytes, variants
 from experiments._long_context_data import Job, built_jobs, fingerprint, trained_jobs
 from experiments._long_context_report import draw, show
 from experiments._long_context_steps import Begun, Reader, compiled_quickly
-from experiments._long_context_verdicts import TEXT, Figures, aggregated, left_out, verdicts
+from experiments._long_context_verdicts import (
+    LEAST_DENSE,
+    TEXT,
+    Figures,
+    aggregated,
+    left_out,
+    verdicts,
+)
 from experiments._retrieval_model import TokenSample, retrieval_model
 from jaxllm import H2O
 from jaxllm.cli import machine
@@ -99,39 +107,79 @@ def more_tokens(sample: TokenSample) -> int:
 
 
 def run(
-    reader: Reader, jobs: list[Job], done: set[tuple[Any, ...]], progress: Progress
+    reader: Reader, jobs: list[Job], records: list[dict[str, Any]], progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """Records of everything in ``jobs`` that is not ``done`` yet, as they come."""
+    """Records of everything in ``jobs`` that is not among ``records`` yet, as they come.
+
+    Dense attention is asked about all samples first: of a task that it cannot do nothing else is measured.
+    """
     sizes = {job: variants(job.grid, _tokens(job), reader.layers) for job in jobs}
+    done = {key_of(record) for record in records}
+    told = list(records)
     bar = progress.add_task("", total=sum(job.samples * len(sizes[job]) for job in jobs))
     for job in jobs:
-        for number in range(job.samples):
-            place = {"task": job.task, "length": job.length, "sample": number}
-            missing = [v for v in sizes[job] if (job.task, job.length, number, *v.key) not in done]
-            progress.advance(bar, len(sizes[job]) - len(missing))
-            if not missing:
-                continue
-            sample = job.make(number)
-            first = sizes[job][0]
-            begun: dict[tuple[str, bool], Begun] = {}
-            reference = None
-            for variant in [first, *(v for v in missing if v is not first)]:
-                name = f"{job.task} {job.length:,} #{number + 1}: {variant.policy} {variant.setting:.3g} {variant.dtype}"
-                progress.update(bar, description=name)
-                kind = variant.dtype, isinstance(variant.made, H2O)
-                if kind not in begun:
-                    # Long contexts are large: of the dtypes one at a time.
-                    begun = {old: value for old, value in begun.items() if old[0] == variant.dtype}
-                    begun[kind] = reader.begin(sample.context, kind[0], more_tokens(sample), sums=kind[1])
-                record, told = measure(reader, begun[kind], variant, sample, reference)
-                reference = told if reference is None else reference
-                if variant not in missing:
+        lines = sizes[job]
+        # One sample is measured at once: its prefill serves all lines.
+        for wanted in [lines] if job.samples == 1 else [lines[:1], lines[1:]]:
+            for number in range(job.samples):
+                if hopeless(told, job):
+                    break
+                missing = [v for v in wanted if (job.task, job.length, number, *v.key) not in done]
+                progress.advance(bar, len(wanted) - len(missing))
+                if not missing:
                     continue
-                if job.task == TEXT:
-                    record["right"] = None
-                names = {"policy": variant.policy, "setting": variant.setting, "dtype": variant.dtype}
-                yield place | names | record
-                progress.advance(bar)
+                for record in _one_sample(reader, job, number, lines[0], missing, progress, bar):
+                    told.append(record)
+                    yield record
+                    progress.advance(bar)
+                    if hopeless(told, job):
+                        break
+
+
+def _one_sample(
+    reader: Reader,
+    job: Job,
+    number: int,
+    first: Variant,
+    missing: list[Variant],
+    progress: Progress,
+    bar: TaskID,
+) -> Iterator[dict[str, Any]]:
+    """Records of the ``missing`` lines on one sample; ``first`` is dense, which the others are held against."""
+    sample, reference = job.make(number), None
+    begun: dict[tuple[str, bool], Begun] = {}
+    for variant in [first, *(v for v in missing if v is not first)]:
+        name = (
+            f"{job.task} {job.length:,} #{number + 1}: {variant.policy} {variant.setting:.3g} {variant.dtype}"
+        )
+        progress.update(bar, description=name)
+        kind = variant.dtype, isinstance(variant.made, H2O)
+        if kind not in begun:
+            # Long contexts are large: of the dtypes one at a time.
+            begun = {old: value for old, value in begun.items() if old[0] == variant.dtype}
+            begun[kind] = reader.begin(sample.context, kind[0], more_tokens(sample), sums=kind[1])
+        record, told = measure(reader, begun[kind], variant, sample, reference)
+        reference = told if reference is None else reference
+        if variant not in missing:
+            continue
+        if job.task == TEXT:
+            record["right"] = None
+        place = {"task": job.task, "length": job.length, "sample": number}
+        yield place | {"policy": variant.policy, "setting": variant.setting, "dtype": variant.dtype} | record
+
+
+def hopeless(records: list[dict[str, Any]], job: Job) -> bool:
+    """Whether dense attention misses too many of a job's answers to be counted, whatever comes of the samples left."""
+    dense = [
+        r
+        for r in records
+        if (r["task"], r["length"], r["policy"], r["dtype"]) == (job.task, job.length, "dense", "compute")
+    ]
+    if job.task == TEXT or not dense:
+        return False
+    wrong = sum(r["asked"] - r["right"] for r in dense)
+    total = job.samples * dense[0]["asked"]
+    return (total - wrong) / total < LEAST_DENSE
 
 
 def _tokens(job: Job) -> int:
@@ -163,17 +211,16 @@ def model_report(
         with file.open("w", encoding="utf-8") as out:
             out.writelines(json.dumps(record) + "\n" for record in records)
             out.flush()
-            for record in run(Reader(model), jobs, {key_of(record) for record in records}, progress):
+            for record in run(Reader(model), jobs, records, progress):
                 out.write(json.dumps(record) + "\n")
                 out.flush()
                 records.append(record)
     layers, measured = model.cfg.pattern.count("*"), {key_of(record) for record in records}
-    planned = {
-        (job.task, job.length, number, *variant.key)
-        for job in jobs
-        for variant in variants(job.grid, _tokens(job), layers)
-        for number in range(job.samples)
-    }
+    planned: set[tuple[Any, ...]] = set()
+    for job in jobs:
+        named = variants(job.grid, _tokens(job), layers)
+        keys = {(job.task, job.length, number, *v.key) for v in named for number in range(job.samples)}
+        planned |= keys & measured if hopeless(records, job) else keys
     figures = Figures(aggregated(r for r in records if (r["task"], r["length"]) in wanted))
     for row in figures.rows:
         row["counted"] = figures.counts(row)
@@ -218,6 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     grid = "quick" if options.quick else "full" if options.full else "default"
     runs = options.runs or ROOT / "runs" / ("long_context_quick" if options.quick else "long_context")
     out = options.out or (runs if options.quick else RESULTS) / "long_context.json"
+    if jax.config.jax_compilation_cache_dir is None:
+        # Every line has programs of its own: a run that goes on has them already.
+        jax.config.update("jax_compilation_cache_dir", str(runs / "programs"))
     found: dict[str, Any] = {}
     if out.is_file():
         found = json.loads(out.read_text(encoding="utf-8"))["models"]

@@ -2,15 +2,17 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import jaxllm
+from experiments import _long_context_steps, long_context, render_tables
 from experiments import _long_context_verdicts as judge
 from experiments import _retrieval_model as built
-from experiments import long_context, render_tables
 from experiments._long_context_cases import policies, variants
+from experiments._long_context_data import Job
 from experiments._long_context_verdicts import Figures
 from jaxllm import H2O, KVCache, Policy
 from tests.bench.retrieval import CHOSEN, LAYERS, LENGTH, chosen, reader, sample
@@ -67,6 +69,19 @@ def test_everything_read_is_dense(name):
     assert (mine.read == dense.read).all()
 
 
+def test_pieces_of_an_output_are_one_output(monkeypatch):
+    """Given tokens and chosen ones come out the same wherever the pieces end."""
+    cache = reader().end(begun("compute", False), Policy())
+    question = sample().questions[0][0]
+    whole, _ = reader().follow(cache, question, LENGTH, 9, keep=True)
+    monkeypatch.setattr(_long_context_steps, "STEPS", 3)
+    pieces, _ = reader().follow(cache, question, LENGTH, 9)
+    assert len(question) == 8 and len(whole.tokens) == 16
+    assert pieces.tokens.tolist() == whole.tokens.tolist()
+    np.testing.assert_allclose(pieces.logprobs, whole.logprobs, atol=1e-5)
+    assert (pieces.read == whole.read).all()
+
+
 def test_sums_cannot_be_made_up():
     with pytest.raises(ValueError, match="sums"):
         reader().end(begun("compute", False), CHOSEN["h2o"])
@@ -108,6 +123,19 @@ def test_a_task_that_the_last_tokens_solve_is_not_counted():
         # Nothing may be concluded from it either.
         assert {each["verdict"] for each in judge.verdicts(wrong)} == {judge.NOT_MEASURED}
     assert not judge.left_out(figures()) and all(figures().counts(row) for row in figures().rows)
+
+
+def test_what_dense_attention_cannot_do_is_not_measured_further():
+    job = Job("recall", 4096, 4, "one", lambda number: sample())
+    wrong = [record("dense", 1.0, 1 - share, 1.0, sample=number) for number, share in enumerate((0.1, 0.3))]
+    assert not long_context.hopeless([], job) and not long_context.hopeless(wrong, job)
+    assert long_context.hopeless([*wrong, record("dense", 1.0, 0.98, 1.0, sample=2)], job)
+    others = [record("quest", 1 / 16, 0.0, 1 / 16, sample=number) for number in range(4)]
+    assert not long_context.hopeless(others, job)
+    text = [row | {"task": judge.TEXT, "right": None} for row in wrong]
+    assert not long_context.hopeless(text, replace(job, task=judge.TEXT))
+    (left,) = judge.left_out(Figures(judge.aggregated([record("dense", 1.0, 0.8, 1.0)])))
+    assert left["budget"] == "any" and "cannot do it" in left["reason"]
 
 
 def test_the_rule_is_asked_at_each_budget_by_itself():
