@@ -19,6 +19,7 @@ from pallas_kernels.attention import attention, attention_backward, merge
 from parallel.context.arrays import Capacity, PlanArrays
 from parallel.context.exchange import Exchange
 from parallel.context.layout import Layout
+from parallel.order import there
 
 
 class _Keys(NamedTuple):
@@ -165,7 +166,7 @@ def _attend_bwd(options, residuals, cotangents):
             dq, *home = _over_pairs(options, plan, stage, keys, pair, (dq, *home))
             return (dq, tuple(home)), (dq,)
         # Not made before they are needed, or those of all stages would be held from the beginning.
-        zero = jnp.where(_there(dq), 0.0, 1.0)
+        zero = jnp.where(there(dq), 0.0, 1.0)
         start = tuple(jnp.broadcast_to(zero, x.shape) for x in (keys.k, keys.v))
         dq, *away = _over_pairs(options, plan, stage, keys, pair, (dq, *start))
         # What the stage before gave back may take as long as this one.
@@ -203,22 +204,9 @@ def _over_stages(
     return state
 
 
-def _there(*done: jax.Array) -> jax.Array:
-    """True, which the compiler does not know and the program not before all of ``done`` is there.
-
-    A barrier would be a hint, which some compilers drop before they schedule; this is a dependence.
-    """
-    sure = jnp.bool_(True)
-    for x in done:
-        bits = lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.uint32)
-        # NaN or not.
-        sure &= (bits | 1) != 0
-    return sure
-
-
 def _once_known(plan: PlanArrays, *done: jax.Array) -> PlanArrays:
     """The same plan, but nothing can be sent by it before all of ``done`` is there."""
-    return plan._replace(send_slot=jnp.where(_there(*done), plan.send_slot, -1))
+    return plan._replace(send_slot=jnp.where(there(*done), plan.send_slot, -1))
 
 
 def _arrived(capacity: Capacity, plan: PlanArrays, stage: int, kv: Any) -> _Keys:
