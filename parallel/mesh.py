@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 AXES = ("data", "fsdp", "context", "tensor", "expert", "stage")
 # Devices along these see other rows.
 ROWS = ("data", "fsdp", "expert")
+# Devices along these see other tokens: those along ``context`` share the documents of the same rows.
+SLOTS = (*ROWS, "context")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class MeshShape:
     Attributes:
         data: replicas that see other rows.
         fsdp: replicas that see other rows and hold a share of the parameters.
-        context: shares of one sequence.
+        context: shares of the documents of the same rows.
         tensor: shares of one layer's matrices.
         expert: replicas that see other rows and have a share of the experts.
         stage: shares of the layers.
@@ -134,3 +137,22 @@ def place_rows(mesh: Mesh, batch: Any) -> Any:
         return jax.make_array_from_callback((count * len(x), *x.shape[1:]), sharding, part)
 
     return jax.tree.map(placed, batch)
+
+
+def place_whole(mesh: Mesh, tree: Any, specs: Any) -> Any:
+    """Arrays that lie as ``specs`` say, of NumPy leaves that every process has whole.
+
+    Args:
+        mesh: of all processes.
+        tree: arrays.
+        specs: a PartitionSpec, or a tree of them, each for all leaves below it.
+    """
+
+    def placed(spec: PartitionSpec, x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+    leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(
+        lambda spec, part: jax.tree.map(partial(placed, spec), part), specs, tree, is_leaf=leaf
+    )

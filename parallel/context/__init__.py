@@ -18,12 +18,20 @@ from parallel.context.traffic import compiled_bytes, planned_bytes
 
 if TYPE_CHECKING:
     from parallel.context.attention import context_attention
+    from parallel.context.batch import SCATTER_STRATEGIES, Placed, Room, ScatterConfig, scatter
     from parallel.context.exchange import BACKENDS, Exchange, own, plan_specs
     from parallel.context.reshuffle import from_slots, to_slots
+    from parallel.context.scattered import Scattered
     from parallel.context.ulysses import shares, ulysses_attention, ulysses_plan
 
 _HOMES = {
     "BACKENDS": "exchange",
+    "SCATTER_STRATEGIES": "batch",
+    "Placed": "batch",
+    "Room": "batch",
+    "ScatterConfig": "batch",
+    "Scattered": "scattered",
+    "scatter": "batch",
     "Exchange": "exchange",
     "context_attention": "attention",
     "from_slots": "reshuffle",
@@ -41,6 +49,7 @@ __all__ = [
     "DISTRIBUTIONS",
     "FULL",
     "ROUNDS",
+    "SCATTER_STRATEGIES",
     "SEGMENT",
     "STRATEGIES",
     "Balance",
@@ -49,10 +58,14 @@ __all__ = [
     "Lanes",
     "Layout",
     "Links",
+    "Placed",
     "Plan",
     "PlanArrays",
     "PlanConfig",
+    "Room",
     "Rounds",
+    "ScatterConfig",
+    "Scattered",
     "Strategy",
     "compiled_bytes",
     "context_attention",
@@ -65,6 +78,7 @@ __all__ = [
     "own",
     "plan_specs",
     "planned_bytes",
+    "scatter",
     "shares",
     "to_slots",
     "ulysses_attention",

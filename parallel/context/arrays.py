@@ -79,6 +79,30 @@ class Capacity:
         more["stages"] = max(more["stages"], -(-sum(more["shifts"]) // self.stage_rounds))
         return replace(self, **more)
 
+    def rounded(self, sharing: int = 1) -> "Capacity":
+        """One of few capacities, which holds what this one does: other batches seldom outgrow it.
+
+        Slots are memory and time of every layer, and become at most an eighth more; the others at most a half.
+
+        Args:
+            sharing: devices that have equal parts of a worker's slots.
+        """
+        shifts = tuple(rounded(count, 2) for count in self.shifts)
+        return replace(
+            self,
+            slots=rounded(-(-self.slots // sharing), 4) * sharing,
+            pieces=rounded(self.pieces, 2),
+            stages=max(rounded(self.stages, 2), -(-sum(shifts) // self.stage_rounds)),
+            work=rounded(self.work, 2),
+            shifts=shifts,
+        )
+
+
+def rounded(need: int, bits: int) -> int:
+    """The least whole number from ``need`` on that has only zeros behind its first ``bits`` bits."""
+    low = max(0, need.bit_length() - bits)
+    return -(-need >> low) << low
+
 
 class PlanArrays(NamedTuple):
     """What the compiled program reads; -1 fills what a plan does not use, but for ``length`` and ``work_start``.

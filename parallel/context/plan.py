@@ -5,7 +5,7 @@ knows only their shapes: a :class:`Capacity`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -143,13 +143,17 @@ def make_plan(
     unlocked = np.bincount(move[remote], blocks.length[query[remote]], len(moves))
     shifts, rounds = (), np.zeros(0, np.int64)
     if config.rounds == "rotations":
-        shifts = tuple(_bucket(count) for count in moves.shifts(config.workers))
+        shifts = tuple(int(count) for count in moves.shifts(config.workers))
     else:
         rounds = moves.unlocked_first(schedule(moves, config.workers, config.links), unlocked)
     used = sum(shifts) if shifts else moves.degree(config.workers)
     capacity = _capacity(config, placement, seats, shifts, used, query)
-    if at_least is not None:
-        capacity = capacity.enlarged(at_least)
+    if at_least is None:
+        capacity = _bucketed(capacity)
+    elif capacity.enlarged(at_least) != at_least:
+        capacity = _bucketed(capacity).enlarged(at_least)
+    else:
+        capacity = at_least
     if config.rounds == "rotations":
         rounds = moves.rotations(config.workers, capacity.shifts, unlocked)
     source = np.append(rounds, -1)[move]
@@ -178,24 +182,31 @@ def _capacity(
     used: int,
     query: np.ndarray,
 ) -> Capacity:
+    """What the plan needs and no more."""
     workers = config.workers
-    stages = -(-used // config.stage_rounds)
     per_worker = np.bincount(placement.worker[query], minlength=workers)
     filled = np.zeros(workers, np.int64)
     np.maximum.at(filled, placement.worker, seats.slot + 1)
     return Capacity(
         workers=workers,
         block=config.block,
-        # Slots are memory and time of every layer, so they are not rounded up.
         slots=int(filled.max()),
-        pieces=_bucket(int(seats.column.max()) + 1),
-        # Numbers of rounds by shift are rounded up already.
-        stages=stages if shifts else _bucket(stages),
+        pieces=int(seats.column.max()) + 1,
+        stages=-(-used // config.stage_rounds),
         stage_rounds=config.stage_rounds,
-        work=_bucket(int((per_worker + filled).max())),
+        work=int((per_worker + filled).max()),
         shifts=shifts,
         window=config.window,
     )
+
+
+def _bucketed(need: Capacity) -> Capacity:
+    """Of few sizes; slots are memory and time of every layer, so they are not rounded up."""
+    shifts = tuple(_bucket(count) for count in need.shifts)
+    # Numbers of rounds by shift are rounded up already.
+    stages = -(-sum(shifts) // need.stage_rounds) if shifts else _bucket(need.stages)
+    more = {"pieces": _bucket(need.pieces), "work": _bucket(need.work)}
+    return replace(need, stages=stages, shifts=shifts, **more)
 
 
 def _balance(

@@ -13,23 +13,34 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from parallel.context.arrays import PlanArrays
+from parallel.context.arrays import Capacity, PlanArrays
 from parallel.context.attention import context_attention
 from parallel.context.exchange import Exchange
 from parallel.context.layout import Layout
 from parallel.context.plan import Plan, PlanConfig, make_plan
 
 
-def ulysses_plan(lengths: Sequence[int] | np.ndarray, workers: int, block: int = 4096) -> Plan:
+def ulysses_plan(
+    lengths: Sequence[int] | np.ndarray,
+    workers: int,
+    block: int = 4096,
+    at_least: Capacity | None = None,
+) -> Plan:
     """A plan for one worker, whose slots ``workers`` share equally: of its S slots worker w holds those from w S / N.
+
+    Args:
+        lengths: tokens of each document.
+        workers: devices that share the slots.
+        block: tokens of a block.
+        at_least: as :func:`parallel.context.plan.make_plan` takes it.
 
     Raises:
         ValueError: as :func:`parallel.context.plan.make_plan`.
     """
     config = PlanConfig(1, block, "ring")
-    plan = make_plan(lengths, config)
+    plan = make_plan(lengths, config, at_least)
     capacity = replace(plan.capacity, slots=-(-plan.capacity.slots // workers) * workers)
-    return make_plan(lengths, config, at_least=capacity)
+    return plan if capacity == plan.capacity else make_plan(lengths, config, at_least=capacity)
 
 
 def ulysses_attention(
