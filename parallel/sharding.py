@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from parallel.mesh import ROWS
+from parallel.mesh import SLOTS
 
 Factor = tuple[str, int]
 Segment = tuple[Factor, ...]
@@ -29,7 +29,7 @@ Described = tuple[Segment, ...]
 # Mesh axes that share a logical axis. A name that is not here is whole on every device.
 TABLE: Mapping[str, tuple[str, ...]] = {
     # Activations.
-    "rows": ROWS,
+    "rows": SLOTS,
     # A matrix of each expert.
     "experts": ("expert",),
     # What one layer's matrices are cut along, whole heads or groups at a time.
@@ -132,7 +132,7 @@ class Placement:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Mesh axes over which devices see other rows."""
+        """Mesh axes over which devices see other tokens: other rows, or other blocks of the same rows' documents."""
         return self._wide(TABLE["rows"])
 
     def _cut(self, axes: Sequence[Described]) -> _Cut:
@@ -241,7 +241,7 @@ class Placement:
         return sizes
 
     def sum_rows(self, x: Any) -> Any:
-        """Sums over the devices that see other rows."""
+        """Sums over the devices that see other tokens."""
         return jax.lax.psum(x, self.rows) if self.rows else x
 
     def sum_tensor(self, x: Any) -> Any:

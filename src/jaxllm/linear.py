@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxllm.axes import Axes
 from jaxllm.config import Precision
 from pallas_kernels.precision import contract
+from parallel.context.scattered import Scattered
 from parallel.sharding import Placement
 
 
@@ -29,6 +30,8 @@ class Context:
         rng: key for stochastic weights.
         placement: of a step that several devices share: the call is under ``shard_map``, rows and parameters are this
             device's shares (:mod:`jaxllm.model.shares`). None: everything is here.
+        scattered: rows are this device's slots of blocks, whose documents go on in the slots of others
+            (:mod:`parallel.context.scattered`). None: rows are whole.
     """
 
     precision: Precision = field(default_factory=Precision)
@@ -41,6 +44,7 @@ class Context:
     implementation: str = "auto"
     rng: Any = None
     placement: Placement | None = None
+    scattered: Scattered | None = None
 
 
 @runtime_checkable

@@ -117,7 +117,10 @@ def test_folders_work_as_well(cli, tmp_path):
         (["small", "--length", "0"], ["--length", "0", "at least 1"]),
         (["small", "--train", "--batch", "4", "--devices", "3"], ["--batch", "4", "multiple"]),
         (["small", "--train", "--devices", "4", "--mesh", "fsdp=2"], ["--mesh", "fsdp=2", "4"]),
-        (["small", "--train", "--mesh", "context=2"], ["--mesh", "context=2", "data, fsdp, tensor, expert"]),
+        (
+            ["small", "--train", "--mesh", "stage=2"],
+            ["--mesh", "stage=2", "data, fsdp, context, tensor, expert"],
+        ),
         (["small", "--train", "--mesh", "expert=2"], ["mesh.expert=2", "no experts"]),
     ],
 )

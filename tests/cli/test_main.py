@@ -160,6 +160,23 @@ def test_preparation_keeps_what_the_user_has_set(monkeypatch, tmp_path):
     assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / "jaxllm" / "xla"
 
 
+def test_simulated_devices_have_threads_to_wait_in(monkeypatch):
+    import os
+    import warnings
+
+    from jaxllm.cli import environment
+
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    for given, expected in ((None, max(32, os.cpu_count() or 1)), ("5", 5)):
+        monkeypatch.delenv("NPROC", raising=False)
+        if given is not None:
+            monkeypatch.setenv("NPROC", given)
+        with warnings.catch_warnings():
+            environment.prepare()
+        assert int(os.environ["NPROC"]) == expected
+
+
 ALLOCATES = """
 import ctypes, resource, sys
 from pathlib import Path

@@ -13,6 +13,8 @@ from jaxllm.config import ConfigError, ModelConfig
 from jaxllm.presets import preset
 
 MINIMAL = {"model": "quickstart", "trainer": {"steps": 10}}
+# Three devices divide no number of key heads.
+SHARED = {**MINIMAL, "mesh": {"context": 3}}
 
 
 def test_the_example_reads(tmp_path):
@@ -34,6 +36,7 @@ def test_example_is_printed_without_a_file(cli):
         (),
         ("model.vocab_size=512", "model.precision.matmul=bfloat16"),
         ("trainer.profile=[2, 4]", "mesh.data=2", "mesh.fsdp=2"),
+        ("mesh.context=4", "context.strategy=ring", "context.block=64"),
     ],
 )
 def test_what_a_run_writes_reads_as_the_same_run(changes, tmp_path):
@@ -85,7 +88,17 @@ def test_changes_on_the_command_line_win():
         ({**MINIMAL, "model": {"pattern": "M-"}}, "model.hidden_size"),
         ({**MINIMAL, "model": [1]}, "model"),
         ({"trainer": {"steps": 1}}, "model: missing"),
-        ({**MINIMAL, "mesh": {"context": 2}}, "mesh.context: there is no such field"),
+        ({**MINIMAL, "mesh": {"stage": 2}}, "mesh.stage: there is no such field"),
+        ({**MINIMAL, "context": {"block": 8}}, "context: only with devices along mesh.context"),
+        ({**SHARED, "context": {"strategy": "spiral"}}, "context.strategy='spiral': fcp, fcp-pairs, ring"),
+        ({**SHARED, "context": {"block": 0}}, "context.block=0: must be an integer of at least 1"),
+        ({**SHARED, "context": {"strategy": "ulysses"}}, "needs attention.num_kv_heads="),
+        (SHARED, "context.block=4096: must be at most the 1365 tokens of a device"),
+        (
+            {**SHARED, "data": {"batch_size": 5}, "trainer": {"steps": 1, "step": {"accum_steps": 2}}},
+            "batch_size=5: must be a multiple of data * fsdp * expert * accum_steps = 1 * 2",
+        ),
+        ({**SHARED, "trainer": {"steps": 1, "context": {}}}, "context is a section of its own"),
         ({**MINIMAL, "mesh": {"fsdp": 0}}, "mesh.fsdp=0: must be an integer of at least 1"),
         ({**MINIMAL, "mesh": {"expert": 2}}, "mesh.expert=2: pattern="),
         ({**MINIMAL, "mesh": {"tensor": 3}}, "mesh.tensor=3: must divide mamba.num_heads="),
@@ -141,6 +154,17 @@ def test_flags_reach_the_trainer(tmp_path):
     run = configure(Args(config=file, profile="3:7", debug_nans=True, out=tmp_path / "out"))
     assert run.trainer.profile == (3, 7) and run.trainer.debug_nans and run.out == tmp_path / "out"
     assert parse_profile("10:20") == (10, 20)
+    run = configure(
+        Args(
+            config=file,
+            set=("mesh.context=2", "context.block=64"),
+            context_parallel="zigzag",
+            out=tmp_path / "out",
+        )
+    )
+    assert run.trainer.context.strategy == "zigzag" and run.trainer.mesh.context == 2
+    with pytest.raises(ConfigError, match=r"only with devices along mesh\.context"):
+        configure(Args(config=file, context_parallel="ring", out=tmp_path / "out"))
     with pytest.raises(UserError):
         parse_profile("a:b")
 

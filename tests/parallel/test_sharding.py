@@ -64,7 +64,6 @@ def test_stacked_layers_keep_their_axis_whole():
         ({"tensor": 3}, "mesh.tensor=3: must divide vocab_size=64"),
         ({"tensor": 16}, "mesh.tensor=16: must divide attention.num_heads=8"),
         ({"expert": 3}, "mesh.expert=3: must divide moe.num_experts=8"),
-        ({"context": 2}, "mesh.context=2"),
         ({"stage": 2}, "mesh.stage=2"),
     ],
 )

@@ -5,12 +5,14 @@ import sys
 import tempfile
 import warnings
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.batch import PackedBatch
 from jaxllm.config import (
     AttentionConfig,
     GatedDeltaConfig,
@@ -24,6 +26,8 @@ from jaxllm.config import (
 )
 from jaxllm.model.functional import flatten, init_params, map_named
 from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.context import ContextSettings, Scatterer
+from jaxllm.train.events import CompileEvent, StepEvent
 from jaxllm.train.placement import check_mesh, state_shardings
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.state import abstract_state, init_state
@@ -85,41 +89,89 @@ def place_on(text: str) -> Placement:
     return Placement(make_mesh(shape, jax.devices()[: shape.size]))
 
 
-def compare(cfg: ModelConfig, meshes, settings=None) -> None:
+def compare(cfg: ModelConfig, meshes, settings=None, batch=None, contexts=(None,)) -> None:
     """Sums and every gradient on each mesh against one device.
 
     To ``TOLERANCE`` of a gradient's largest entry, or to what the last bit of every parameter changes on one device where
     that is more: the rates of the delta rule are small sums of large terms.
     """
     settings = settings or StepSettings(loss_chunk=32, balance_loss=0.1)
-    params, batch = scattered(cfg), tiny_batch(8, 16, vocab=64)
-    if settings.depths(cfg):
-        ahead = np.roll(batch.targets, -1, axis=1)
+    params, batch = scattered(cfg), tiny_batch(8, 16, vocab=64) if batch is None else batch
+    for _ in range(settings.depths(cfg)):
+        last = batch.targets[..., -1:]
+        ahead = np.roll(last, -1, axis=1)
         ahead[:, -1] = -1
-        ahead = np.where(batch.targets < 0, -1, ahead)
-        batch = batch.replace(targets=np.concatenate([batch.targets, ahead], axis=-1))
+        batch = batch.replace(targets=np.concatenate([batch.targets, np.where(last < 0, -1, ahead)], axis=-1))
     whole = jax.jit(lambda p, b: gradients(cfg, p, b, settings))
     expected, sums = whole(params, batch)
     beside = [whole(nudged(params, draw), batch)[0] for draw in range(3)]
-    for text in meshes:
+    for text, context in product(meshes, contexts):
         place = place_on(text)
         check_mesh(cfg, shape_of(text))
         where = state_shardings(cfg, constant_lr(), place).params
-        run = jax.jit(lambda p, b, place=place: gradients(cfg, p, b, settings, place=place))
-        ours, totals = run(jax.device_put(params, where), jax.device_put(batch, batch_sharding(place.mesh)))
+        run = jax.jit(lambda p, b, s, place=place: gradients(cfg, p, b, settings, place=place, scattered=s))
+        if context is None:
+            given = jax.device_put(batch, batch_sharding(place.mesh)), None
+        else:
+            scatterer = Scatterer(cfg, context, place.mesh, settings.accum_steps)
+            given = scatterer.place(scatterer(batch))
+        ours, totals = run(jax.device_put(params, where), *given)
         for a, b in zip(jax.tree.leaves(totals), jax.tree.leaves(sums), strict=True):
             np.testing.assert_allclose(a, b, rtol=TOLERANCE)
         leaves = jax.tree.leaves(expected), *(jax.tree.leaves(each) for each in beside)
         for (name, a), b, *others in zip(flatten(ours).items(), *leaves, strict=True):
             scale = float(jnp.max(jnp.abs(b)))
             limit = max(TOLERANCE * scale, *(float(jnp.max(jnp.abs(b - other))) for other in others))
-            np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=f"{name} on {text}")
+            np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=f"{name} on {text}, {context}")
             assert scale > 0 or "e_score" in name, name
-        print("EQUAL", cfg.letters, text)
+        print("EQUAL", cfg.letters, text, context and context.strategy)
 
 
 def check_gradients(pattern: str, *meshes: str) -> None:
     compare(model(pattern), meshes)
+
+
+def long_batch(rows: int, length: int, vocab: int, seed: int = 0):
+    """Rows of documents of very different lengths, one of them padding only, with weights that differ between tokens."""
+    rng = np.random.default_rng(seed)
+    opens = rng.random((rows, length)) < rng.choice([0.03, 0.3], (rows, 1))
+    segments = 1 + np.cumsum(opens, axis=1)
+    segments[np.arange(length) >= length - rng.integers(0, 9, (rows, 1))] = 0
+    segments[-1] = 0
+    index = np.arange(length)
+    begin = np.maximum.accumulate(np.where(opens, index, 0), axis=1)
+    tokens = rng.integers(0, vocab, (rows, length))
+    last = np.append(segments[:, 1:] != segments[:, :-1], np.ones((rows, 1), bool), axis=1) | (segments == 0)
+    targets = np.where(last, -1, np.roll(tokens, -1, axis=1))
+    return PackedBatch(
+        tokens=tokens.astype(np.int32),
+        segment_ids=segments.astype(np.int32),
+        positions=np.where(segments > 0, index - begin, 0).astype(np.int32),
+        targets=targets.astype(np.int32)[..., None],
+        loss_mask=((targets >= 0) * rng.uniform(0.5, 1.5, targets.shape)).astype(np.float32),
+    )
+
+
+def check_context(pattern: str, strategies: str, *meshes: str) -> None:
+    """Documents scattered over devices: the loss and the gradients of one device."""
+    contexts = [ContextSettings(name, block=4, stage_rounds=2) for name in strategies.split(",")]
+    compare(model(pattern), meshes, batch=long_batch(4, 44, 64), contexts=contexts)
+
+
+def check_context_options(kind: str, *meshes: str) -> None:
+    """Prediction blocks, stacked layers, balance over the batch, rematerialisation, microbatches, over scattered documents."""
+    settings = dict(loss_chunk=32, balance_loss=0.1)
+    mtp = model("*M", mtp=MTPConfig(pattern="*E"), tie_embeddings=True)
+    cfg, settings = {
+        "prediction": (mtp, StepSettings(**settings, mtp_depths=2, remat="dots")),
+        "stacked": (
+            model("*E*E", scan_layers=True),
+            StepSettings(**settings, remat="layer", accum_steps=2),
+        ),
+        "balance": (model("*E"), StepSettings(**settings, balance_scope="batch")),
+    }[kind]
+    contexts = [ContextSettings(block=4, stage_rounds=2)]
+    compare(cfg, meshes, settings, long_batch(8, 44, 64), contexts)
 
 
 def check_options(*meshes: str) -> None:
@@ -276,6 +328,86 @@ def check_training() -> None:
     else:
         raise AssertionError("16 rows on 8 devices in 4 parts were accepted")
     print("RESUMED")
+
+
+class TwoBatches(TinyLoader):
+    """The same two batches for ever."""
+
+    def __next__(self):
+        batch = tiny_batch(self.rows, self.length, seed=self.step % 2)
+        self.step += 1
+        return batch
+
+
+def check_context_training() -> None:
+    """A run whose devices share documents goes as on one; interrupted, it goes on bit by bit, whatever room it had grown."""
+    cfg, optim = tiny_config("M*-"), constant_lr()
+
+    def run(shape, folder=None, steps=4, **context):
+        seen, compiled = [], []
+        settings = TrainSettings(
+            steps=steps,
+            mesh=shape,
+            context=ContextSettings(block=4, stage_rounds=2, **context),
+            save_seconds=None,
+            step=StepSettings(loss_chunk=64, accum_steps=2),
+        )
+
+        def watch(event):
+            seen.extend([event.loss] if isinstance(event, StepEvent) else [])
+            compiled.extend([event.parameters] if isinstance(event, CompileEvent) else [])
+
+        result = fit(cfg, optim, TwoBatches(8), settings, callbacks=[watch], folder=folder)
+        return seen, copied(result.params), len(compiled)
+
+    shape = MeshShape(data=2, context=4)
+    state, step, loader, expected = init_state(cfg, optim), make_train_step(cfg, optim), TwoBatches(8), []
+    for _ in range(4):
+        state, metrics = step(state, next(loader), None)
+        expected.append(float(metrics.loss))
+    losses, params, programs = run(shape)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    # A run begins with room for more batches than these two.
+    assert programs == 1
+    with tempfile.TemporaryDirectory() as folder:
+        before, _, _ = run(shape, folder, steps=2)
+        after, again, _ = run(shape, folder)
+        assert before + after == losses
+        assert_identical(again, params)
+    try:
+        run(shape, steps=1, exchange="ragged")
+    except ValueError as error:
+        assert "context.exchange='ragged': XLA has no ragged all-to-all for CPUs" in str(error)
+    else:
+        raise AssertionError("an exchange that CPUs cannot run was accepted")
+    print("SHARED", programs)
+
+
+class LongDocuments(TinyLoader):
+    """Rows of documents of very different lengths, other ones in every batch."""
+
+    def __next__(self):
+        batch = long_batch(self.rows, self.length, 61, seed=self.step)
+        self.step += 1
+        return batch
+
+
+def check_context_programs() -> None:
+    """Thirty batches of random documents, and how often the step was compiled for them."""
+    compiled, settings = [], ContextSettings(block=8, stage_rounds=4)
+    made = TrainSettings(
+        steps=30,
+        mesh=MeshShape(context=8),
+        context=settings,
+        step=StepSettings(loss_chunk=64),
+        save_seconds=None,
+    )
+    watch = [lambda event: compiled.extend([event.seconds] if isinstance(event, CompileEvent) else [])]
+    fit(tiny_config("M*"), constant_lr(), LongDocuments(8, 128), made, callbacks=watch)
+    assert len(compiled) <= 3, compiled
+    print("SELDOM", len(compiled))
 
 
 assert jax.device_count() == 8

@@ -19,6 +19,8 @@ def worker(*arguments: str, devices: int = 8) -> str:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}",
+        # As the command line has it: several collectives of a device at once, each with a thread.
+        "NPROC": str(4 * devices),
     }
     command = [sys.executable, str(HERE / "sharded_worker.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
@@ -32,6 +34,14 @@ def test_experts_elsewhere_lose_no_row():
 
 def test_a_step_on_three_axes_equals_one_device():
     assert worker("gradients", "*-E", "fsdp=2,tensor=2,expert=2").count("EQUAL") == 1
+
+
+def test_documents_on_several_devices_equal_one():
+    assert worker("context", "M*", "fcp", "fsdp=2,context=2").count("EQUAL") == 1
+
+
+def test_a_run_that_shares_documents_goes_as_on_one_device():
+    assert "SHARED" in worker("context_training")
 
 
 def test_runs_go_alike_and_checkpoints_move_between_meshes():
@@ -58,6 +68,49 @@ def test_every_letter_on_every_axis(letter):
         *(("expert=2", "fsdp=2,tensor=2,expert=2", "data=2,expert=4") if letter == "E" else ()),
     )
     assert worker("gradients", letter, *meshes).count("EQUAL") == len(meshes)
+
+
+STRATEGIES = ("fcp-pairs", "ring", "zigzag", "document", "ulysses")
+
+
+@pytest.mark.slow
+def test_documents_on_several_devices_for_every_strategy():
+    assert worker("context", "M*", ",".join(STRATEGIES), "context=2").count("EQUAL") == len(STRATEGIES)
+
+
+@pytest.mark.slow
+def test_documents_on_several_devices_for_other_letters():
+    assert worker("context", "GJW-", "fcp", "context=2").count("EQUAL") == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("letters", ["M*WE-", "GJ"])
+def test_documents_on_many_devices_for_every_strategy(letters):
+    meshes = "context=2", "fsdp=2,context=4"
+    strategies = "fcp", *(name for name in STRATEGIES if name != "ulysses" or letters == "GJ")
+    assert worker("context", letters, ",".join(strategies), *meshes).count("EQUAL") == 2 * len(strategies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prediction", "stacked"])
+def test_options_of_a_step_that_shares_documents(kind):
+    assert worker("context_options", kind, "fsdp=2,context=2").count("EQUAL") == 1
+
+
+@pytest.mark.nightly
+def test_balance_over_a_batch_that_shares_documents():
+    assert worker("context_options", "balance", "fsdp=2,context=2").count("EQUAL") == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_shares_documents_seldom_compiles():
+    assert "SELDOM" in worker("context_programs")
+
+
+@pytest.mark.slow
+def test_documents_on_products_of_axes():
+    meshes = "data=2,context=2,tensor=2", "context=4,expert=2"
+    assert worker("context", "M*GE", "fcp", *meshes).count("EQUAL") == 2
 
 
 @pytest.mark.slow

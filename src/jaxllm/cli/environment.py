@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def prepare(*, streams: bool = False) -> None:
     # XLA logs a CPU feature comparison at error level on each cache hit.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    simulated = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if simulated:
+        # A simulated device takes a thread for every collective that it waits in, and may wait in several at once: with
+        # one thread each, devices that begin them in different orders would wait for each other for ever.
+        os.environ.setdefault("NPROC", str(max(4 * int(simulated[-1]), os.cpu_count() or 1)))
     for name in ("absl", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A newcomer can do nothing about a deprecation inside a dependency; the tests turn warnings into errors.

@@ -22,6 +22,8 @@ class Args:
         config: the YAML file; see --example.
         set: changes of its fields, as NAME=VALUE: --set optim.lr=3e-4 trainer.steps=500.
         init: a folder of a model to start from, instead of the file's model: Hugging Face's or a run's.
+        context_parallel: how devices along mesh.context share documents, instead of the file's context.strategy: fcp,
+            fcp-pairs, ring, zigzag, document or ulysses.
         out: the run's folder, instead of the file's.
         resume: go on from the newest checkpoint in the run's folder.
         profile: FROM:TO, steps to trace with jax.profiler, into the run's folder.
@@ -32,6 +34,7 @@ class Args:
     config: Positional[Path | None] = None
     set: tuple[str, ...] = ()
     init: Path | None = None
+    context_parallel: str | None = None
     out: Path | None = None
     resume: bool = False
     profile: str | None = None
@@ -66,7 +69,8 @@ def configure(args: Args) -> "TrainRun":
         )
     from jaxllm.cli.train_run import read
 
-    run = read(args.config, args.set, init=args.init)
+    strategy = () if args.context_parallel is None else (f"context.strategy={args.context_parallel}",)
+    run = read(args.config, (*args.set, *strategy), init=args.init)
     trainer = replace(
         run.trainer,
         profile=profile or run.trainer.profile,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from jaxllm.cli.errors import UserError
 from jaxllm.config import ConfigError, ModelConfig, decode, positive_fields
 from jaxllm.generation.folders import load_config
 from jaxllm.presets import preset
+from jaxllm.train.context import ContextSettings, check_context, check_share
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.placement import check_mesh
 from jaxllm.train.settings import TrainSettings
-from parallel.mesh import MeshShape
+from parallel.mesh import ROWS, MeshShape
 
 HEADER = """\
 # A training run of jaxllm: start it with `jaxllm train FILE`. Any field can be changed on the command line:
@@ -23,7 +25,8 @@ HEADER = """\
 #   model    a preset's name, or its fields; `preset: NAME` with other fields changes those of the preset
 #   init     instead of `model`: a folder (Hugging Face's or a run's) whose weights, model and tokenizer to start from
 #   data     source: stdlib, 'texts/**/*.txt', FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME:SPLIT:COLUMN
-#   mesh     devices along data, fsdp, tensor and expert; left out: all along data
+#   mesh     devices along data, fsdp, context, tensor and expert; left out: all along data
+#   context  how devices along mesh.context share documents: strategy, block
 #   trainer  stops after `steps`, or after `seconds` of training time
 """
 
@@ -85,7 +88,9 @@ class TrainRun:
     def to_yaml(self) -> str:
         """The run as YAML that :func:`read` takes."""
         content = asdict(self) | {"model": self.model.to_dict(), "out": str(self.out)}
-        mesh = content["trainer"].pop("mesh")
+        mesh, context = (content["trainer"].pop(name) for name in ("mesh", "context"))
+        if mesh is not None and mesh["context"] > 1:
+            content["context"] = context
         if mesh is not None:
             content["mesh"] = {name: size for name, size in mesh.items() if name in SHARED}
         content["init"] = None if self.init is None else str(self.init)
@@ -106,12 +111,14 @@ class MeshSection:
     Attributes:
         data: replicas that see other rows.
         fsdp: replicas that see other rows and hold a share of the parameters.
+        context: shares of the documents of the same rows.
         tensor: shares of one layer's matrices.
         expert: replicas that see other rows and have a share of the experts.
     """
 
     data: int = 1
     fsdp: int = 1
+    context: int = 1
     tensor: int = 1
     expert: int = 1
 
@@ -137,6 +144,7 @@ class _Sections:
     optim: OptimConfig | None = None
     trainer: TrainSettings | None = None
     mesh: MeshSection | None = None
+    context: ContextSettings | None = None
     out: Path | None = None
     init: Path | None = None
 
@@ -211,8 +219,9 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
         given = {"preset": given}
     model = _model(given) if init is None else _initial(init, given)
     trainer = content.get("trainer")
-    if isinstance(trainer, dict) and "mesh" in trainer:
-        raise ConfigError("trainer.mesh: there is no such field; mesh is a section of its own")
+    for name in ("mesh", "context"):
+        if isinstance(trainer, dict) and name in trainer:
+            raise ConfigError(f"trainer.{name}: there is no such field; {name} is a section of its own")
     content = field_types.checked(_Sections, content)
     sections = {"data": DataConfig, "optim": OptimConfig, "trainer": TrainSettings}
     made = {name: decode(cls, content.get(name) or {}, f"{name}.") for name, cls in sections.items()}
@@ -222,6 +231,7 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
         made["trainer"] = replace(made["trainer"], mesh=shape)
         # The vocabulary may be open still; what does not depend on it is known before any data are read.
         check_mesh(model, shape, vocabulary="vocab_size" in given or init is not None)
+    made["trainer"] = _shared(model, made["trainer"], made["data"], content.get("context"))
     run = TrainRun(
         model=model,
         **made,
@@ -235,6 +245,26 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
             "trainer.steps and trainer.seconds: both missing; say when to stop with one of them"
         )
     return run
+
+
+def _shared(
+    model: ModelConfig, trainer: TrainSettings, data: DataConfig, given: dict[str, Any] | None
+) -> TrainSettings:
+    """The trainer with the section ``context``, checked against the mesh, the model and the rows of a step."""
+    mesh = trainer.mesh or MeshShape()
+    if given is not None:
+        trainer = replace(trainer, context=decode(ContextSettings, given, "context."))
+        if mesh.context == 1:
+            raise ConfigError(
+                "context: only with devices along mesh.context, which is 1; set that, or leave the section out "
+                "(--set context=null)"
+            )
+    if mesh.context > 1:
+        check_context(model, mesh, trainer.context)
+        groups = prod(getattr(mesh, axis) for axis in ROWS)
+        parts = trainer.step.accum_steps
+        check_share(trainer.context.block, data.batch_size, data.seq_len, groups, parts, mesh.context)
+    return trainer
 
 
 def _initial(folder: Any, given: dict[str, Any]) -> ModelConfig:

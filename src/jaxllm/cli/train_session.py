@@ -110,7 +110,8 @@ def _fit(
     place: Placement | None,
 ) -> tuple[FitResult, Validation, Watcher]:
     batches = run.data
-    share = (0, 1) if place is None else row_share(place.mesh)
+    # Devices that share documents have tokens of all their group's rows: every process then reads the whole batch.
+    share = (0, 1) if place is None or place.size("context") > 1 else row_share(place.mesh)
     loader = Loader(
         data.train,
         batches.batch_size,
@@ -129,6 +130,7 @@ def _fit(
         seq_len=batches.seq_len,
         part=batches.evaluation_tokens,
         place=place,
+        context=run.trainer.context,
     )
     display = TrainingDisplay(console, validation.bits_per_nat)
     watcher = Watcher(display, run.trainer.seconds if run.trainer.steps is None else None)

@@ -13,7 +13,7 @@ class Watcher:
 
     Attributes:
         figures: the last ones.
-        compile_seconds: of the training step.
+        compile_seconds: of the training step, of every program of it.
         resumed_from: step of the checkpoint that the run goes on from.
     """
 
@@ -32,8 +32,9 @@ class Watcher:
             self.figures.validation = event.values.get("validation_loss", self.figures.validation)
             self.display.update(self.figures)
         elif isinstance(event, CompileEvent):
-            self.compile_seconds, self.resumed_from = event.seconds, event.resumed_from
+            self.compile_seconds += event.seconds
             if event.resumed_from is not None:
+                self.resumed_from = event.resumed_from
                 self.display.note(f"Going on from the checkpoint of step {event.resumed_from:,}.")
             self.display.note(f"Training step ready after {duration(event.seconds)} of compilation.")
         elif isinstance(event, SaveEvent):

@@ -57,8 +57,16 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Training: the row's own keys and values."""
+        """Training: the row's own keys and values, or those of its documents wherever they are."""
         q, k, v = self._qkv(x, batch, ctx)
+        options = {
+            "window": self.sliding_window,
+            "operand_dtype": ctx.precision.operand,
+            "implementation": ctx.implementation,
+        }
+        if ctx.scattered is not None:
+            y = ctx.scattered.attention(q, k, v, batch.segment_ids, batch.positions, **options)
+            return self._out(y, ctx), {}
         y = attention(
             q,
             k,
@@ -67,9 +75,7 @@ class Attention(nnx.Module):
             kv_positions=batch.positions,
             q_segment_ids=batch.segment_ids,
             kv_segment_ids=batch.segment_ids,
-            window=self.sliding_window,
-            operand_dtype=ctx.precision.operand,
-            implementation=ctx.implementation,
+            **options,
         )
         return self._out(y, ctx), {}
 

@@ -18,6 +18,7 @@ from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.causal_conv.window import causal_conv_window
 from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.gated_delta.window import gated_delta_commit, gated_delta_window
+from parallel.context import halo, recurrence
 
 # Below Qwen3-Next's own 0.01 nothing is gained, and the logarithm of 0 is not a number to train.
 A_MIN = 0.01
@@ -30,7 +31,15 @@ class GatedDelta(Recurrent):
     their own, beta | decay.
     """
 
-    ops = Ops(causal_conv, causal_conv_window, gated_delta, gated_delta_window, gated_delta_commit)
+    ops = Ops(
+        causal_conv,
+        causal_conv_window,
+        gated_delta,
+        gated_delta_window,
+        gated_delta_commit,
+        conv_scattered=halo.causal_conv,
+        scan_scattered=recurrence.gated_delta,
+    )
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         d = cfg.delta

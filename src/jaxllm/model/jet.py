@@ -18,6 +18,7 @@ from pallas_kernels.causal_conv.window import causal_conv_window
 from pallas_kernels.dynamic_conv import dynamic_conv
 from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.gated_delta.window import gated_delta_commit, gated_delta_window
+from parallel.context import halo, recurrence
 
 # The published range of A starts at 0, whose logarithm is not a number to train.
 A_MIN = 1e-4
@@ -54,7 +55,15 @@ class Jet(Recurrent):
     Shapes: H heads, dk and dv their widths. What is kept between tokens is v before its convolution.
     """
 
-    ops = Ops(dynamic_conv, causal_conv_window, gated_delta, gated_delta_window, gated_delta_commit)
+    ops = Ops(
+        dynamic_conv,
+        causal_conv_window,
+        gated_delta,
+        gated_delta_window,
+        gated_delta_commit,
+        conv_scattered=halo.dynamic_conv,
+        scan_scattered=recurrence.gated_delta,
+    )
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         j = cfg.jet

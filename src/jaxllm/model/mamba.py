@@ -18,6 +18,7 @@ from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.causal_conv.window import causal_conv_window
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.window import ssd_commit, ssd_window
+from parallel.context import halo, recurrence
 
 
 class Mamba(Recurrent):
@@ -26,7 +27,15 @@ class Mamba(Recurrent):
     Shapes: H heads, P head dim, N state size, G groups; d_in = H * P.
     """
 
-    ops = Ops(causal_conv, causal_conv_window, ssd, ssd_window, ssd_commit)
+    ops = Ops(
+        causal_conv,
+        causal_conv_window,
+        ssd,
+        ssd_window,
+        ssd_commit,
+        conv_scattered=halo.causal_conv,
+        scan_scattered=recurrence.ssd,
+    )
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         m = cfg.mamba

@@ -18,6 +18,7 @@ from jaxllm.model.mlp import MLP
 from jaxllm.model.stateless import Stateless
 from pallas_kernels.grouped_matmul import Plan, from_experts, grouped_matmul, plan, to_experts
 from pallas_kernels.precision import contract
+from parallel.context.scattered import Scattered
 from parallel.experts import AXIS, through_experts
 
 
@@ -156,7 +157,7 @@ class MoE(Stateless):
             y = y + self.shared_experts(x, batch, ctx)[0]
         reports = {
             "expert_counts": lambda: places.sizes,
-            "balance_sequence": lambda: balance(jnp.where(valid, shares, 0), ids),
+            "balance_sequence": lambda: balance(jnp.where(valid, shares, 0), ids, scattered=ctx.scattered),
             "balance_batch": lambda: balance(
                 jnp.where(valid, shares, 0).reshape(1, -1, m.num_experts),
                 ids.reshape(1, -1, m.top_k),
@@ -170,7 +171,9 @@ def balance(
     shares: Float[Array, "B T E"],
     ids: Int[Array, "B T k"],
     total: Callable[[Array], Array] | None = None,
-) -> Float[Array, " B"]:
+    *,
+    scattered: Scattered | None = None,
+) -> Float[Array, " rows"]:
     """``E sum_e f_e P_e`` of each row: 1 where all experts are chosen equally often, E / k where the same k always are.
 
     f_e is the share of the choices that fell on e, P_e the mean share that the router gave it. Sources: Switch (arXiv
@@ -180,12 +183,17 @@ def balance(
         shares: of the router, zero at padding.
         ids: chosen experts; E at padding.
         total: sums over the devices that have other tokens of the same rows; None: all are here.
+        scattered: tokens of B slots belong to other rows, of which other devices have more.
     """
     rows, _, experts = shares.shape
     k = ids.shape[-1]
-    place = ids + jnp.arange(rows)[:, None, None] * (experts + 1)
-    counts = jnp.bincount(place.reshape(-1), length=rows * (experts + 1))
-    counts, shared = counts.reshape(rows, experts + 1)[:, :experts], jnp.sum(shares, axis=1)
+    if scattered is not None:
+        chosen = jnp.sum(jax.nn.one_hot(ids, experts, dtype=jnp.int32), axis=2)
+        counts, shared = scattered.sum_group((scattered.by_row(chosen), scattered.by_row(shares)))
+    else:
+        place = ids + jnp.arange(rows)[:, None, None] * (experts + 1)
+        counts = jnp.bincount(place.reshape(-1), length=rows * (experts + 1))
+        counts, shared = counts.reshape(rows, experts + 1)[:, :experts], jnp.sum(shares, axis=1)
     if total is not None:
         counts, shared = total(counts), total(shared)
     # A row without tokens has no loss.

@@ -12,19 +12,25 @@ from jaxllm.cache.recurrent import MatrixState, read_rows, write_rows
 from jaxllm.cache.window import RecurrentWindow, accepted_nodes, window_ancestors
 from jaxllm.linear import Context
 from pallas_kernels.causal_conv.window import causal_conv_commit
+from parallel.context.scattered import Scattered
 
 # (outputs, what is kept of them): the states of documents, or what a window adds to one.
 Pass = Callable[..., tuple[Array, Any]]
 
 
 class Ops(NamedTuple):
-    """A mixer's kernels: over packed documents, along the paths of a window, and the state after one path."""
+    """A mixer's kernels: over packed documents, along the paths of a window, and the state after one path.
+
+    The ``scattered`` ones take documents whose blocks lie on several devices (:mod:`parallel.context`).
+    """
 
     conv: Pass
     conv_window: Callable[..., Array]
     scan: Pass
     scan_window: Pass
     scan_commit: Callable[..., Array]
+    conv_scattered: Callable[..., Array]
+    scan_scattered: Pass
 
 
 class Recurrent(nnx.Module):
@@ -49,7 +55,7 @@ class Recurrent(nnx.Module):
     ) -> tuple[Array, Any, Any]:
         """:meth:`mix` with the states after each segment, from those before it; None: zeros, and none are kept."""
         packed = {"segment_ids": batch.segment_ids, "implementation": ctx.implementation}
-        options = {"chunk_size": self.chunk_size, "operand_dtype": ctx.precision.operand}
+        options = self._options(ctx)
         return self.mix(
             x,
             partial(self.ops.conv, initial_state=conv, **packed),
@@ -61,8 +67,23 @@ class Recurrent(nnx.Module):
         self, x: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Training: every segment starts from a zero state and keeps nothing."""
+        if ctx.scattered is not None:
+            return self._scattered(x, ctx, ctx.scattered), {}
         y, _, _ = self._packed(x, batch, ctx, None, None)
         return y, {}
+
+    def _scattered(self, x: Array, ctx: Context, scattered: Scattered) -> Array:
+        """:meth:`mix` over this device's slots; which token follows which is in the plan's lanes."""
+        where = {"implementation": ctx.implementation, **scattered.where}
+
+        def conv(inputs: Array, *parameters: Any) -> tuple[Array, None]:
+            return self.ops.conv_scattered(inputs, *parameters, **where), None
+
+        scan = partial(self.ops.scan_scattered, **where, **self._options(ctx))
+        return self.mix(x, conv, scan, ctx)[0]
+
+    def _options(self, ctx: Context) -> dict[str, Any]:
+        return {"chunk_size": self.chunk_size, "operand_dtype": ctx.precision.operand}
 
     def extend(
         self, x: Float[Array, "B T D"], batch: PackedBatch, state: MatrixState, ctx: Context

@@ -16,6 +16,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig
 from jaxllm.model.functional import Params, map_named
 from jaxllm.model.scan import groups_of, layer_names
+from parallel.context.scattered import Scattered
 
 BIAS = "e_score_correction_bias"
 SCOPES = ("sequence", "batch")
@@ -67,10 +68,11 @@ def joined(main: Routing | None, depths: Sequence[Routing | None], blocks: int) 
     return Routing(jnp.concatenate(parts), balance if main is None else main.balance + balance)
 
 
-def row_weights(batch: PackedBatch) -> Float[Array, " B"]:
-    """Weight of each row's next-token loss."""
+def row_weights(batch: PackedBatch, scattered: Scattered | None = None) -> Float[Array, " rows"]:
+    """Weight of each row's next-token loss; of this device's tokens where rows are ``scattered``."""
     scored = (batch.targets[..., 0] >= 0).astype(jnp.float32)
-    return jnp.sum(scored if batch.loss_mask is None else scored * batch.loss_mask, axis=1)
+    weights = scored if batch.loss_mask is None else scored * batch.loss_mask
+    return jnp.sum(weights, axis=1) if scattered is None else scattered.by_row(weights)
 
 
 def imbalance(counts: Int[Array, "L E"]) -> Float[Array, ""]:

@@ -11,6 +11,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.linear import Context
 from jaxllm.model.hybrid import HybridLM
 from jaxllm.train.loss import LossSums
+from parallel.order import there
 from parallel.sharding import everything_but_gathered
 
 Score = Callable[[Array, Array, Array | None], tuple[Array, LossSums]]
@@ -66,11 +67,17 @@ def prediction_loss(
         reports.append(aux)
         mask: Any = batch.loss_mask
         if mask is not None:
-            mask = ahead(mask, batch.segment_ids, depth)
+            scattered = ctx.scattered
+            mask = (
+                ahead(mask, batch.segment_ids, depth)
+                if scattered is None
+                else scattered.ahead[..., depth - 1]
+            )
         value, sums = score(h, batch.targets[..., depth], mask)
         weights = jax.lax.stop_gradient((first.weight, sums.weight))
         if ctx.placement is not None:
-            weights = ctx.placement.sum_rows(weights)
+            done = there(jax.lax.stop_gradient(sums.nats))
+            weights = ctx.placement.sum_rows(tuple(jnp.where(done, x, 0) for x in weights))
         scale = weights[0] / jnp.maximum(weights[1], jnp.finfo(jnp.float32).tiny) / depths
         objective, nats = objective + scale * value, nats + scale * sums.nats
     return objective, nats, reports

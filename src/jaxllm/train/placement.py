@@ -96,9 +96,7 @@ def check_mesh(cfg: ModelConfig, shape: MeshShape, *, vocabulary: bool = True) -
         shape: devices along each axis.
         vocabulary: check its size too; a tokenizer may decide it later.
     """
-    for axis in ("context", "stage"):
-        size = getattr(shape, axis)
-        require(size == 1, f"mesh.{axis}", size, "training does not share this axis; leave it at 1")
+    require(shape.stage == 1, "mesh.stage", shape.stage, "training does not share this axis; leave it at 1")
     letters = set(cfg.letters)
     if shape.expert > 1:
         require("E" in letters, "mesh.expert", shape.expert, f"pattern={cfg.pattern!r} has no experts (E)")

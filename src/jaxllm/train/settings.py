@@ -2,24 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
-from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig, positive, require
 from jaxllm.model.functional import Params
+from jaxllm.train.context import ContextSettings
 from jaxllm.train.step import StepSettings
 from parallel.mesh import MeshShape
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """What the trainer needs of :class:`jaxllm.data.loader.Loader`: batches without end, and a place to go on from."""
-
-    def __next__(self) -> PackedBatch: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +28,7 @@ class TrainSettings:
         max_consecutive_skips: give up after this many non-finite steps in a row.
         seed: of the initial parameters and the run's key.
         mesh: devices along each axis; None: all devices along ``data``.
+        context: how documents are shared by the devices along ``mesh.context``; unused where that is 1.
         profile: (FROM, TO): trace steps FROM .. TO - 1 into ``profile/``.
         debug_nans: stop at the first operation that makes a NaN; slow.
         tensorboard: also write TensorBoard event files into ``tensorboard/``.
@@ -58,6 +47,7 @@ class TrainSettings:
     max_consecutive_skips: int = 20
     seed: int = 0
     mesh: MeshShape | None = None
+    context: ContextSettings = field(default_factory=ContextSettings)
     profile: tuple[int, int] | None = None
     debug_nans: bool = False
     tensorboard: bool = False

@@ -48,10 +48,12 @@ class TrainPlan:
     """What the host decides for one step.
 
     Attributes:
-        lr: f32[]; learning rate.
+        lr: f32[]; learning rate; None: that of the schedule at the state's step.
+        scattered: :class:`parallel.context.scattered.Scattered` of a batch that devices along ``context`` share.
     """
 
-    lr: Leaf
+    lr: Leaf = None
+    scattered: Leaf = None
 
 
 def master_config(cfg: ModelConfig) -> ModelConfig:

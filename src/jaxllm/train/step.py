@@ -21,7 +21,9 @@ from jaxllm.train.mtp import prediction_loss
 from jaxllm.train.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.train.placement import param_specs, state_shardings
 from jaxllm.train.state import Leaf, TrainPlan, TrainState
-from parallel.mesh import ROWS
+from parallel.context.scattered import Scattered
+from parallel.mesh import ROWS, SLOTS
+from parallel.order import there
 from parallel.sharding import Placement
 
 
@@ -124,6 +126,7 @@ def batch_loss(
     *,
     depths: int | None = None,
     place: Placement | None = None,
+    scattered: Scattered | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Summed objective of a batch and its parts.
 
@@ -136,6 +139,7 @@ def batch_loss(
         depths: prediction depths beside the next token; None: those of ``settings``.
         place: devices share the step, and the call is under ``shard_map``: rows, parameters, objective and sums are this
             device's.
+        scattered: rows are slots of documents that go on elsewhere; this device's part.
 
     Raises:
         ValueError: the batch has no targets, or not those of every depth that is trained.
@@ -157,6 +161,7 @@ def batch_loss(
         implementation=settings.implementation,
         rng=rng,
         placement=place,
+        scattered=scattered,
     )
     h, aux = model.hidden(batch, replace(ctx, taps=balance.taps(cfg.pattern, settings.balance_scope)))
     w = at_hand(model.embed if model.lm_head is None else model.lm_head, ctx).weight.get_value()
@@ -170,7 +175,7 @@ def batch_loss(
         axis="tensor" if place is not None and place.size("tensor") > 1 else None,
     )
     objective, sums = score(h, batch.targets[..., 0], batch.loss_mask)
-    weights = balance.row_weights(batch)
+    weights = balance.row_weights(batch, scattered)
     routing = balance.routing(aux, weights)
     if depths and cfg.mtp is not None:
         inside = replace(ctx, taps=balance.taps(cfg.mtp.pattern, settings.balance_scope))
@@ -207,21 +212,50 @@ def gradients(
     settings: StepSettings,
     rng: Any = None,
     place: Placement | None = None,
+    scattered: Scattered | None = None,
 ) -> tuple[Params, LossSums]:
     """Gradient of the *summed* objective, float32, and the sums; microbatches add up without any weighting.
 
-    With ``place`` parameters and rows are shared by its devices, and gradients lie as their parameters do.
+    With ``place`` parameters and rows are shared by its devices, and gradients lie as their parameters do; with
+    ``scattered`` (:func:`parallel.context.scatter`, for as many parts as ``settings.accum_steps``) the batch are slots.
+
+    Raises:
+        ValueError: devices along ``context``, and a batch that is not scattered.
     """
     if place is None:
         return _gradients(cfg, params, batch, settings, rng)
     specs = param_specs(cfg, place)
 
-    def shared(params: Params, batch: PackedBatch, rng: Any) -> tuple[Params, LossSums]:
-        grads, sums = _gradients(cfg, params, batch, settings, rng, place)
-        return place.sum_gradients(grads, specs), place.sum_rows(sums)
+    def shared(
+        params: Params, batch: PackedBatch, scattered: Scattered | None, rng: Any
+    ) -> tuple[Params, LossSums]:
+        grads, sums = _gradients(cfg, params, batch, settings, rng, place, scattered)
+        return place.sum_gradients(grads, specs), _summed(place, sums)
 
-    over = partial(jax.shard_map, mesh=place.mesh, in_specs=(specs, P(ROWS), P()), check_vma=False)
-    return over(shared, out_specs=(specs, P()))(params, batch, rng)
+    in_specs = (specs, *batch_specs(place, scattered), P())
+    over = partial(jax.shard_map, mesh=place.mesh, in_specs=in_specs, check_vma=False)
+    return over(shared, out_specs=(specs, P()))(params, batch, scattered, rng)
+
+
+def _summed(place: Placement, sums: LossSums) -> LossSums:
+    """Over the devices that see other tokens; no part of it before the layers are done."""
+    done = there(sums.nats)
+    return place.sum_rows(jax.tree.map(lambda x: jnp.where(done, x, 0), sums))
+
+
+def batch_specs(place: Placement, scattered: Scattered | None) -> tuple[Any, Any]:
+    """How a batch and what it was scattered by lie on the devices of a step.
+
+    Raises:
+        ValueError: devices along ``context``, and a batch that is not scattered, or the other way round.
+    """
+    count = place.size("context")
+    if (scattered is None) != (count == 1):
+        raise ValueError(
+            f"scattered={'None' if scattered is None else 'a plan'}: with mesh.context={count} batches must "
+            f"{'not ' if count == 1 else ''}be scattered (jaxllm.train.context)"
+        )
+    return (P(ROWS), P()) if scattered is None else (P(SLOTS), scattered.specs())
 
 
 def _gradients(
@@ -231,28 +265,35 @@ def _gradients(
     settings: StepSettings,
     rng: Any,
     place: Placement | None = None,
+    scattered: Scattered | None = None,
 ) -> tuple[Params, LossSums]:
     # Devices with the same rows have the same objective, each a part: what is differentiated is the sum of all devices'.
-    copies = 1 if place is None else place.mesh.size // place.size(*ROWS)
+    copies = 1 if place is None else place.mesh.size // place.size(*place.rows)
 
-    def one(part: PackedBatch, key: Any) -> tuple[Params, LossSums]:
+    def one(part: PackedBatch, scattered: Scattered | None, key: Any) -> tuple[Params, LossSums]:
         def objective(p: Params) -> tuple[jax.Array, LossSums]:
-            value, sums = batch_loss(cfg, p, part, settings, key, place=place)
+            value, sums = batch_loss(cfg, p, part, settings, key, place=place, scattered=scattered)
             return value / copies, sums
 
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return grads, sums
 
-    if settings.accum_steps == 1:
-        return one(batch, rng)
+    count = settings.accum_steps
+    if count == 1:
+        return one(batch, scattered, rng)
 
     def accumulate(total: Any, item: Any) -> tuple[Any, None]:
-        part, index = item
+        *part, index = item
         key = None if rng is None else jax.random.fold_in(rng, index)
-        return jax.tree.map(jnp.add, total, one(part, key)), None
+        return jax.tree.map(jnp.add, total, one(*part, key)), None
 
-    parts = (_microbatches(batch, settings.accum_steps), jnp.arange(settings.accum_steps))
-    _, sums = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts[0]), rng)
+    if scattered is None:
+        parts = _microbatches(batch, count), None, jnp.arange(count)
+    else:
+        # Slots of one microbatch stand together.
+        cut = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), (batch, scattered))
+        parts = *cut, jnp.arange(count)
+    _, sums = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts[:2]), rng)
     start = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(accumulate, (start, zeros), parts)
@@ -306,9 +347,9 @@ def apply_gradients(
     return state, metrics
 
 
-def scored_tokens(batch: PackedBatch) -> jax.Array:
-    """i32[]; positions that have a target and a weight."""
-    scored = batch.targets[..., 0] >= 0
+def scored_tokens(batch: PackedBatch, once: Any = True) -> jax.Array:
+    """i32[]; positions that have a target and a weight, counted once ``once`` is known."""
+    scored = (batch.targets[..., 0] >= 0) & once
     if batch.loss_mask is not None:
         scored &= batch.loss_mask > 0
     return jnp.sum(scored, dtype=jnp.int32)
@@ -333,8 +374,8 @@ def make_train_step(
         donate: reuse the memory of ``state``; False keeps it (for jax_debug_nans, which runs a step twice).
 
     Returns:
-        A jitted function. ``plan=None`` takes the learning rate from the schedule at ``state.step``;
-        ``TrainPlan(lr=...)`` sets it, for schedules driven by the clock.
+        A jitted function. Without ``plan.lr`` the learning rate is that of the schedule at ``state.step``; a clock may
+        set it. With devices along ``context`` the batch is what ``plan.scattered`` has made of it.
     """
     settings = settings or StepSettings()
 
@@ -342,10 +383,11 @@ def make_train_step(
         state: TrainState, batch: PackedBatch, plan: TrainPlan | None = None
     ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        lr = learning_rate(optim, state.step) if plan is None else jnp.asarray(plan.lr, jnp.float32)
-        grads, sums = gradients(cfg, state.params, batch, settings, rng, place)
-        tokens = scored_tokens(batch)
+        plan = plan or TrainPlan()
+        lr = learning_rate(optim, state.step) if plan.lr is None else jnp.asarray(plan.lr, jnp.float32)
+        grads, sums = gradients(cfg, state.params, batch, settings, rng, place, plan.scattered)
         state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
+        tokens = scored_tokens(batch, True if place is None else there(metrics.grad_norm))
         if sums.routing is not None and settings.bias_rate > 0:
             rate = jnp.where(metrics.consecutive_skips > 0, 0.0, settings.bias_rate)
             moved = balance.corrected(state.params, cfg, sums.routing.counts, rate)
@@ -361,16 +403,21 @@ def make_train_step(
 def make_eval_step(
     cfg: ModelConfig, settings: StepSettings | None = None, *, place: Placement | None = None
 ) -> Any:
-    """The compiled ``(params, batch) -> LossSums`` of the next token; add up batches, then divide by ``weight``."""
+    """The compiled ``(params, batch, scattered) -> LossSums`` of the next token; add up, then divide by ``weight``."""
     settings = settings or StepSettings()
 
-    def eval_step(params: Params, batch: PackedBatch) -> LossSums:
-        sums = batch_loss(cfg, params, batch, settings, depths=0, place=place)[1]._replace(routing=None)
-        return sums if place is None else place.sum_rows(sums)
+    def eval_step(params: Params, batch: PackedBatch, scattered: Scattered | None = None) -> LossSums:
+        _, sums = batch_loss(cfg, params, batch, settings, depths=0, place=place, scattered=scattered)
+        sums = sums._replace(routing=None)
+        return sums if place is None else _summed(place, sums)
 
     if place is None:
         return jax.jit(eval_step)
     specs = param_specs(cfg, place)
-    return jax.jit(
-        jax.shard_map(eval_step, mesh=place.mesh, in_specs=(specs, P(ROWS)), out_specs=P(), check_vma=False)
-    )
+
+    def shared(params: Params, batch: PackedBatch, scattered: Scattered | None = None) -> LossSums:
+        in_specs = (specs, *batch_specs(place, scattered))
+        over = partial(jax.shard_map, mesh=place.mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
+        return over(eval_step)(params, batch, scattered)
+
+    return jax.jit(shared)

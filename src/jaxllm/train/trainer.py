@@ -15,6 +15,7 @@ from jaxllm.config import ConfigError, ModelConfig, require
 from jaxllm.model.functional import Params, flatten, stack, unstack
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.clock import Clock
+from jaxllm.train.context import Ahead, Batches, Scatterer, Slots, check_context
 from jaxllm.train.events import Callback, CompileEvent, EvalEvent, SaveEvent
 from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.memory import estimate_training_memory, is_out_of_memory, out_of_memory
@@ -22,10 +23,11 @@ from jaxllm.train.optim import OptimConfig, learning_rate
 from jaxllm.train.placement import placement, state_shardings
 from jaxllm.train.report import Pending, Reporter
 from jaxllm.train.seal import write_atomically
-from jaxllm.train.settings import Batches, FitResult, TrainSettings
+from jaxllm.train.settings import FitResult, TrainSettings
 from jaxllm.train.state import TrainPlan, TrainState, abstract_state, init_state, state_of
 from jaxllm.train.step import make_train_step
 from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter
+from parallel.context.scattered import Scattered
 from parallel.distributed import agreed
 from parallel.mesh import ROWS, MeshShape, place_rows, row_shards, row_share
 
@@ -68,16 +70,21 @@ class Trainer:
                 None,
                 f"schedule={optim.schedule!r} needs it, or steps or seconds to train; or use schedule='constant'",
             )
-        self.cfg, self.optim, self.loader, self.settings = cfg, optim, loader, settings
+        self.cfg, self.optim, self.settings = cfg, optim, settings
+        self.loader: Batches | Ahead = loader
         self.folder = None if folder is None else Path(folder)
         self.evaluate, self.resume, self.initial, self.files = evaluate, resume, params, files or {}
         self.reporter = Reporter(cfg, settings, list(callbacks))
         self.place = placement(cfg, settings.mesh)
         self._slices = 1 if self.place is None else row_share(self.place.mesh)[1]
+        self.scatterer = self._scatterer()
+        if self.scatterer is not None:
+            self.loader = Ahead(loader, self.scatterer)
         self.step = 0
         self.values: dict[str, float] = {}
         self.checkpoints: Checkpoints | None = None
         self._compiled: Any = None
+        self._compiled_for: Any = None
         self._elapsed_before = self._evaluated_at = self._saved_at = 0.0
         self._saved_step: int | None = None
         self._evaluated_step: int | None = None
@@ -92,6 +99,8 @@ class Trainer:
             if self.settings.debug_nans:
                 stack.enter_context(jax.debug_nans(True))
             stack.callback(self.reporter.stop_trace)
+            if isinstance(self.loader, Ahead):
+                stack.callback(self.loader.close)
             state = self._start()
             if self.checkpoints is not None:
                 stack.enter_context(self.checkpoints)
@@ -117,6 +126,19 @@ class Trainer:
             interrupted,
             self.folder,
         )
+
+    def _scatterer(self) -> Scatterer | None:
+        """Where devices share documents."""
+        if self.place is None or self.place.size("context") == 1:
+            return None
+        check_context(self.cfg, MeshShape(**self.place.mesh.shape), self.settings.context)
+        require(
+            self.settings.context.exchange != "ragged" or self.place.mesh.devices.flat[0].platform != "cpu",
+            "context.exchange",
+            "ragged",
+            "XLA has no ragged all-to-all for CPUs; must be rotate there",
+        )
+        return Scatterer(self.cfg, self.settings.context, self.place.mesh, self.settings.step.accum_steps)
 
     def _start(self) -> TrainState:
         """The state to begin with: of the newest checkpoint if there is one, else new."""
@@ -181,18 +203,22 @@ class Trainer:
         self.reporter.clock = Clock(self._elapsed_before)
         with self.reporter.clock.paused():
             if not self._over():
-                batch = self._next()
-                self._compile(state, batch)
+                given = self._next()
+                self._compile(state, *given)
         batch_ready = not self._over()
         self._keep_together(request)
         while not self._over() and self._stopped is None:
             begin = time.perf_counter()
             if not batch_ready:
-                batch = self._next()
+                given = self._next()
+                if self._compiled_for != _program(given):
+                    with self.reporter.clock.paused():
+                        self._compile(state, *given)
             batch_ready = False
+            batch, scattered = given
             placed = time.perf_counter()
             self.reporter.start_trace(self.step, str((self.folder or Path()) / "profile"))
-            state, metrics = self._compiled(state, batch, self._plan())
+            state, metrics = self._compiled(state, batch, self._plan(scattered))
             dispatched = time.perf_counter()
             self.step += 1
             self.reporter.enqueue(
@@ -216,25 +242,34 @@ class Trainer:
             self._agreed = elapsed / 1000
             self._stopped = request.name or ("a signal to another process" if stop else None)
 
-    def _next(self) -> PackedBatch:
+    def _next(self) -> tuple[PackedBatch, Scattered | None]:
+        """The next batch on the devices; with devices along ``context`` its slots, and the plan of them."""
         batch = next(self.loader)
+        if self.scatterer is not None:
+            assert isinstance(batch, Slots)
+            rows = batch.scattered.rows * self.scatterer.config.groups * self.scatterer.config.parts
+            self.reporter.shape = rows, batch.scattered.length
+            return self.scatterer.place(batch)
+        assert isinstance(batch, PackedBatch)
         rows = batch.shape[0] * self._slices
         self.reporter.shape = rows, batch.shape[1]
         if self.place is None:
-            return jax.device_put(batch)
+            return jax.device_put(batch), None
         shards, parts = row_shards(self.place.mesh), self.settings.step.accum_steps
         product = " * ".join(ROWS) + (f" * accum_steps = {shards} * {parts}" if parts > 1 else f" = {shards}")
         require(rows % (shards * parts) == 0, "batch_size", rows, f"must be a multiple of {product}")
-        return place_rows(self.place.mesh, batch)
+        return place_rows(self.place.mesh, batch), None
 
-    def _compile(self, state: TrainState, batch: PackedBatch) -> None:
+    def _compile(self, state: TrainState, batch: PackedBatch, scattered: Scattered | None) -> None:
         begin = time.perf_counter()
         debug = self.settings.debug_nans
         step = make_train_step(self.cfg, self.optim, self.settings.step, place=self.place, donate=not debug)
         # Compiled ahead, so that the clock starts at the first step; jax_debug_nans needs the traced function.
-        self._compiled = step if debug else step.lower(state, batch, self._plan()).compile()
+        self._compiled = step if debug else step.lower(state, batch, self._plan(scattered)).compile()
+        self._compiled_for = _program((batch, scattered))
         count = sum(leaf.size for leaf in flatten(state.params).values())
         self.reporter.emit(CompileEvent(time.perf_counter() - begin, count, self._resumed))
+        self._resumed = None
 
     @property
     def progress(self) -> float | None:
@@ -249,11 +284,12 @@ class Trainer:
     def _over(self) -> bool:
         return self.progress is not None and self.progress >= 1.0
 
-    def _plan(self) -> TrainPlan | None:
-        """Nothing where the schedule goes by steps: the step then reads its own counter, and resuming is exact."""
-        if self.settings.seconds is None:
-            return None
-        return TrainPlan(lr=np.asarray(learning_rate(self.optim, self.step, self.progress)))
+    def _plan(self, scattered: Scattered | None) -> TrainPlan | None:
+        """No rate where the schedule goes by steps: the step then reads its own counter, and resuming is exact."""
+        lr = None
+        if self.settings.seconds is not None:
+            lr = np.asarray(learning_rate(self.optim, self.step, self.progress))
+        return None if lr is None and scattered is None else TrainPlan(lr, scattered)
 
     def _between(self, state: TrainState) -> None:
         settings, elapsed = self.settings, self._now
@@ -296,6 +332,12 @@ class Trainer:
         return estimate_training_memory(self.cfg, rows, length, shape, self.settings.step)
 
 
+def _program(given: Any) -> Any:
+    """What a batch needs another program for if it is another."""
+    leaves, structure = jax.tree.flatten(tuple(given))
+    return structure, tuple(x.shape for x in leaves)
+
+
 def _due(step: int, every: int | None, since: float, seconds: float | None) -> bool:
     return (every is not None and step % every == 0) or (seconds is not None and since >= seconds)
 
@@ -318,7 +360,8 @@ def fit(
     Args:
         cfg: model.
         optim: optimiser; without ``total_steps`` the schedule is as long as ``settings.steps``.
-        loader: stands before the first batch; a resumed run moves it to the exact next one.
+        loader: stands before the first batch; a resumed run moves it to the exact next one. It gives this process's rows,
+            or all of them where devices share documents.
         settings: see :class:`TrainSettings`.
         folder: where ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` go; None writes nothing.
         evaluate: ``(params, step) -> values`` by name; ``params`` are those of ``cfg``, stacked if it says so, and must

@@ -1,0 +1,259 @@
+"""Context parallelism in training: the rows of a step scattered over devices along ``context``, planned ahead."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.batch import PackedBatch
+from jaxllm.config import ModelConfig, one_of, positive_fields, require
+from parallel.context import SCATTER_STRATEGIES, Capacity, Placed, Room, ScatterConfig, Scattered, scatter
+from parallel.mesh import ROWS, SLOTS, MeshShape, place_whole
+
+# Batches that a run begins with room for.
+FORESEEN = 8
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How the documents of a step are shared by the devices along ``context``.
+
+    Attributes:
+        strategy: fcp, fcp-pairs, ring, zigzag, document or ulysses.
+        block: tokens of a block.
+        exchange: how keys and values travel: "rotate" runs everywhere, "ragged" sends no more than needed, on GPUs and TPUs.
+        stage_rounds: rounds of communication that travel at once.
+    """
+
+    strategy: str = "fcp"
+    block: int = 4096
+    exchange: str = "rotate"
+    stage_rounds: int = 16
+
+    def __post_init__(self) -> None:
+        one_of("context.strategy", self.strategy, *SCATTER_STRATEGIES)
+        one_of("context.exchange", self.exchange, "rotate", "ragged")
+        positive_fields(self, "context", "block", "stage_rounds")
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What training needs of :class:`jaxllm.data.loader.Loader`: batches without end, and a place to go on from."""
+
+    def __next__(self) -> PackedBatch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class Slots(NamedTuple):
+    """A scattered batch: what the step takes as its batch, and beside it."""
+
+    batch: PackedBatch
+    scattered: Scattered
+
+
+class Scatterer:
+    """Makes slots of whole batches; its room grows with what it has seen, so that most batches need no other program."""
+
+    def __init__(self, cfg: ModelConfig, settings: ContextSettings, mesh: Any, parts: int = 1):
+        """See :func:`parallel.context.scatter`.
+
+        Args:
+            cfg: the model.
+            settings: strategy and blocks.
+            mesh: of all devices.
+            parts: microbatches of a step.
+        """
+        self.mesh = mesh
+        self.room: Room | None = None
+        self.config = ScatterConfig(
+            workers=mesh.shape["context"],
+            groups=int(np.prod([mesh.shape[axis] for axis in ROWS])),
+            parts=parts,
+            block=settings.block,
+            strategy=settings.strategy,
+            backend=settings.exchange,
+            stage_rounds=settings.stage_rounds,
+            reach=reach(cfg),
+        )
+
+    def grow(self, batch: PackedBatch) -> None:
+        """Makes room for a batch, for what comes later.
+
+        Raises:
+            ConfigError: as calling this does.
+        """
+        self._scattered(batch)
+
+    def _scattered(self, batch: PackedBatch) -> Placed:
+        config, (rows, length) = self.config, batch.shape
+        check_share(config.block, rows, length, config.groups, config.parts, config.workers)
+        placed = scatter(np.asarray(batch.segment_ids), config, self.room)
+        self.room = placed.room
+        return placed
+
+    def __call__(self, batch: PackedBatch) -> Slots:
+        """Slots of a whole batch, NumPy leaves.
+
+        Raises:
+            ConfigError: as :func:`check_share`.
+            ValueError: positions do not count from each segment's first token.
+        """
+        (rows, length), placed = batch.shape, self._scattered(batch)
+        here = placed.source >= 0
+
+        def taken(x: Any, fill: Any) -> Any:
+            if x is None:
+                return None
+            x = np.asarray(x)
+            flat = x.reshape(rows * length, *x.shape[2:])[placed.source]
+            return np.where(here.reshape(*here.shape, *[1] * (x.ndim - 2)), flat, fill).astype(x.dtype)
+
+        if (taken(batch.positions, 0) != placed.positions).any():
+            raise ValueError("batch.positions: must count from each segment's first token")
+        slots = PackedBatch(
+            tokens=taken(batch.tokens, 0),
+            segment_ids=placed.segment_ids,
+            positions=placed.positions,
+            targets=taken(batch.targets, -1),
+            loss_mask=taken(batch.loss_mask, 0),
+        )
+        further = taken(_further_weights(batch), 0)
+        return Slots(slots, replace(placed.scattered, ahead=further))
+
+    def room_of(self, found: dict[str, Any] | None) -> Room | None:
+        """A room as plain values, if it is one for these devices and blocks."""
+        if found is None:
+            return None
+        capacity = found["capacity"] | {"shifts": tuple(found["capacity"]["shifts"])}
+        made = Room(Capacity(**capacity), found["extra"])
+        config = self.config
+        heads = config.strategy == "ulysses"
+        own = (1 if heads else config.workers), config.block, (16 if heads else config.stage_rounds)
+        fits = own == (made.capacity.workers, made.capacity.block, made.capacity.stage_rounds)
+        shifts = 0 if heads or config.backend != "rotate" else config.workers - 1
+        whole = not heads or made.capacity.slots % config.workers == 0
+        return made if fits and whole and len(made.capacity.shifts) == shifts else None
+
+    def place(self, slots: Slots) -> Slots:
+        """The same on the devices."""
+        batch = place_whole(self.mesh, slots.batch, P(SLOTS))
+        return Slots(batch, place_whole(self.mesh, slots.scattered, slots.scattered.specs()))
+
+
+def check_context(cfg: ModelConfig, shape: MeshShape, settings: ContextSettings) -> None:
+    """Raise ConfigError unless the devices along ``context`` can share the model's documents so."""
+    if shape.context == 1 or settings.strategy != "ulysses" or not set("*W") & set(cfg.letters):
+        return
+    assert cfg.attention is not None
+    shares = shape.context * shape.tensor
+    for name in ("num_heads", "num_kv_heads"):
+        size = getattr(cfg.attention, name)
+        require(
+            size % shares == 0,
+            "context.strategy",
+            settings.strategy,
+            f"needs attention.{name}={size} to be a multiple of mesh.context * mesh.tensor = {shape.context} * "
+            f"{shape.tensor}; other strategies do not",
+        )
+
+
+def check_share(block: int, rows: int, length: int, groups: int, parts: int, workers: int) -> None:
+    """Raise ConfigError unless the rows of a step cut into equal parts, in which every device has a block of tokens.
+
+    Args:
+        block: tokens of a block.
+        rows: of a step.
+        length: tokens of a row.
+        groups: of devices that share rows.
+        parts: microbatches.
+        workers: devices of a group.
+    """
+    product = f"{' * '.join(ROWS)} * accum_steps = {groups} * {parts}"
+    require(rows % (groups * parts) == 0, "batch_size", rows, f"must be a multiple of {product}")
+    own = rows * length // (groups * parts * workers)
+    require(
+        block <= own, "context.block", block, f"must be at most the {own} tokens of a device in a microbatch"
+    )
+
+
+def _further_weights(batch: PackedBatch) -> np.ndarray | None:
+    """f32[B, T, K]; what :func:`jaxllm.train.mtp.ahead` gives for the K further tokens; None: nothing to weigh."""
+    depths = 0 if batch.targets is None else batch.targets.shape[-1] - 1
+    if not depths or batch.loss_mask is None:
+        return None
+    ids, weights = np.asarray(batch.segment_ids), np.asarray(batch.loss_mask)
+    found = np.repeat(weights[..., None], depths, axis=-1)
+    for steps in range(1, min(depths, ids.shape[1] - 1) + 1):
+        inside = ids[:, steps:] == ids[:, :-steps]
+        found[:, :-steps, steps - 1] = np.where(inside, weights[:, steps:], weights[:, :-steps])
+    return found
+
+
+def reach(cfg: ModelConfig) -> int | None:
+    """Most inputs that a convolution of the model looks back; None: no layer has a state."""
+    mixers = {"M": cfg.mamba, "G": cfg.delta, "J": cfg.jet}
+    widths = [mixer.conv_kernel for letter, mixer in mixers.items() if mixer and letter in cfg.letters]
+    return max(widths) - 1 if widths else None
+
+
+class Ahead:
+    """Whole batches of a loader as slots, each planned by a thread while the one before it is trained on."""
+
+    def __init__(self, loader: Batches, scatterer: Scatterer):
+        """Reads nothing yet.
+
+        Args:
+            loader: of whole batches, in every process.
+            scatterer: plans them.
+        """
+        self.loader, self.scatterer = loader, scatterer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="context plans")
+        self._coming: Future[tuple[Slots, dict[str, Any], Room]] | None = None
+        self._state: dict[str, Any] | None = None
+
+    def _made(self) -> tuple[Slots, dict[str, Any], Room]:
+        if self.scatterer.room is None:
+            # Room for the next batches at once: with what each alone asks for the first of them would all be compiled.
+            begin = self.loader.state()
+            for _ in range(FORESEEN):
+                self.scatterer.grow(next(self.loader))
+            self.loader.restore(begin)
+        slots = self.scatterer(next(self.loader))
+        assert self.scatterer.room is not None
+        return slots, self.loader.state(), self.scatterer.room
+
+    def __next__(self) -> Slots:
+        """The next batch; the one after it is begun."""
+        coming = self._coming or self._thread.submit(self._made)
+        slots, loader, room = coming.result()
+        self._state = loader | {"context": asdict(room)}
+        self._coming = self._thread.submit(self._made)
+        return slots
+
+    def state(self) -> dict[str, Any]:
+        """Of the loader before the batch that comes next, and the room, so that a resumed run is the same to the bit."""
+        return self.loader.state() if self._state is None else self._state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where ``state`` was taken; what another mesh or strategy had room for is left.
+
+        Raises:
+            LoaderStateError: as the loader.
+        """
+        if self._coming is not None:
+            self._coming.result()
+            self._coming = None
+        loader = {name: value for name, value in state.items() if name != "context"}
+        self.loader.restore(loader)
+        self._state = state
+        self.scatterer.room = self.scatterer.room_of(state.get("context"))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._coming = None
+        self._thread.shutdown(cancel_futures=True)
