@@ -7,10 +7,12 @@ import pytest
 
 from jaxllm.config import AttentionConfig, GatedDeltaConfig, JetConfig, MoEConfig
 from jaxllm.model.functional import abstract_params
+from jaxllm.train.context import ContextSettings
 from jaxllm.train.flops import forward_flops_per_token, measured_peak, training_flops_per_token
 from jaxllm.train.memory import estimate_training_memory
 from jaxllm.train.state import abstract_state
 from jaxllm.train.step import StepSettings, make_train_step
+from parallel.mesh import MeshShape
 from tests.train.tiny import tiny_batch, tiny_config
 
 
@@ -58,6 +60,22 @@ def test_what_lowers_memory_lowers_the_estimate(cfg):
     ).activations * 4 == pytest.approx(estimate_training_memory(cfg, 8, 64).activations, rel=1e-3)
     with pytest.raises(ValueError, match="batch=6, seq=8, devices=4"):
         estimate_training_memory(cfg, 6, 8, 4)
+
+
+def test_devices_that_share_documents_hold_their_slots(cfg):
+    one = estimate_training_memory(cfg, 8, 64)
+
+    def shared(**context):
+        return estimate_training_memory(
+            cfg, 8, 64, MeshShape(context=4), None, ContextSettings(block=16, **context)
+        )
+
+    # 8 * 64 tokens on 4 devices in slots of 16, and one slot more.
+    assert shared().activations * 8 * 64 == one.activations * 9 * 16
+    assert shared().parameters == one.parameters and shared().total < one.total
+    assert one.exchanged == 0 < shared(stage_rounds=2).exchanged < shared().exchanged
+    # Blocks as large as a device's tokens.
+    assert estimate_training_memory(cfg, 8, 64, MeshShape(context=4)).activations * 2 == one.activations
 
 
 def test_flops_by_hand():

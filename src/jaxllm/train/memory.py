@@ -1,11 +1,12 @@
 """What training takes on each device, by part; and what to say when it is too much."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from jaxllm.axes import described
 from jaxllm.config import GatedDeltaConfig, ModelConfig
 from jaxllm.model.functional import param_axes
+from jaxllm.train.context import ContextSettings
 from jaxllm.train.placement import check_mesh
 from jaxllm.train.step import StepSettings
 from parallel.mesh import ROWS, MeshShape, abstract_mesh
@@ -28,6 +29,8 @@ class TrainingMemory:
         gradients: float32; twice with accumulation (the sum and the microbatch's own).
         activations: kept for backward, plus the largest layer that is recomputed.
         gathered: of the largest sub-block, whose shares come together while it is computed.
+        exchanged: what attention has of other devices' keys and values at once, with gradients, or a layer with a state of
+            theirs.
         logits: of one chunk, with their gradient, and the gradient of the head.
         batch: the packed integers and weights.
     """
@@ -37,6 +40,7 @@ class TrainingMemory:
     gradients: int
     activations: int
     gathered: int
+    exchanged: int
     logits: int
     batch: int
 
@@ -119,12 +123,42 @@ def _stored(cfg: ModelConfig, mesh: MeshShape) -> tuple[int, int]:
     return held, max(blocks.values())
 
 
+def _fitting(context: ContextSettings | None, tokens: int) -> ContextSettings:
+    """The settings; without them blocks that are no larger than a device's tokens."""
+    if context is not None:
+        return context
+    standard = ContextSettings()
+    return replace(standard, block=max(1, min(standard.block, tokens)))
+
+
+def _exchanged(cfg: ModelConfig, mesh: MeshShape, context: ContextSettings, slots: int) -> int:
+    """Bytes of what attention, or a layer with a state, has of other devices at a time."""
+    width = 2 if cfg.precision.compute == "bfloat16" else FLOAT
+    found = [0]
+    if cfg.attention is not None and set("*W") & set(cfg.letters):
+        a = cfg.attention
+        if context.strategy == "ulysses":
+            found.append(slots * context.block * a.head_dim * (a.num_heads + 2 * a.num_kv_heads) * width)
+        else:
+            blocks = min(2 * context.stage_rounds, (mesh.context - 1) * slots)
+            found.append(blocks * context.block * 2 * a.head_dim * a.num_kv_heads * (width + FLOAT))
+    # The map of each block and the state before it, and the same of the other devices' for a share of the elements.
+    if cfg.mamba is not None and "M" in cfg.letters:
+        found.append(4 * slots * cfg.mamba.inner_size * cfg.mamba.state_size * FLOAT)
+    for letter, d in (("G", cfg.delta), ("J", cfg.jet)):
+        if d is not None and letter in cfg.letters:
+            heads = d.value_size // d.value_head_dim
+            found.append(4 * slots * heads * d.key_head_dim * (d.key_head_dim + d.value_head_dim) * FLOAT)
+    return max(found) // mesh.tensor
+
+
 def estimate_training_memory(
     cfg: ModelConfig,
     batch: int,
     seq: int,
     mesh: MeshShape | int = 1,
     settings: StepSettings | None = None,
+    context: ContextSettings | None = None,
 ) -> TrainingMemory:
     """Memory of one device: its rows, its share of the state, and the largest sub-block that it gathers.
 
@@ -134,6 +168,7 @@ def estimate_training_memory(
         seq: tokens of a row.
         mesh: devices along each axis, or devices along ``data``.
         settings: accumulation, rematerialisation and loss chunk.
+        context: how devices along ``context`` share documents; None: in blocks of their default size, or as large as fit.
 
     Raises:
         ConfigError: the model does not fit the mesh.
@@ -150,7 +185,14 @@ def estimate_training_memory(
             "must divide batch"
         )
     count, gathered = _stored(cfg, mesh)
-    tokens = batch * seq // shares
+    tokens, words = batch * seq // shares, 5
+    exchanged = 0
+    if mesh.context > 1:
+        context = _fitting(context, tokens // mesh.context)
+        # Slots that documents' ends leave partly empty take as much as full ones: about one more.
+        slots = -(-tokens // (mesh.context * context.block)) + 1
+        tokens, words = slots * context.block, 8
+        exchanged = _exchanged(cfg, mesh, context, slots)
     width = 2 if cfg.precision.compute == "bfloat16" else FLOAT
     blocks = [_sub_block(cfg, letter, seq) for letter in cfg.pattern]
     if settings.remat == "none":
@@ -166,8 +208,9 @@ def estimate_training_memory(
         gradients=count * FLOAT * (2 if settings.accum_steps > 1 else 1),
         activations=int(tokens * (kept + 3 * cfg.hidden_size) * width),
         gathered=gathered * FLOAT,
+        exchanged=exchanged,
         logits=2 * min(settings.loss_chunk, tokens) * (cfg.vocab_size // mesh.tensor) * FLOAT + head,
-        batch=batch // devices * seq * 5 * FLOAT,
+        batch=settings.accum_steps * tokens * words * FLOAT,
     )
 
 
@@ -178,6 +221,7 @@ REMEDIES = {
     "moments": "mesh.fsdp > 1 or a smaller model",
     "gradients": "a smaller model",
     "gathered": "mesh.tensor or mesh.expert > 1",
+    "exchanged": "a smaller context.block or context.stage_rounds",
     "batch": "a smaller batch",
 }
 

@@ -329,7 +329,9 @@ class Trainer:
     def _memory(self) -> Any:
         rows, length = self.reporter.shape
         shape = MeshShape() if self.place is None else MeshShape(**self.place.mesh.shape)
-        return estimate_training_memory(self.cfg, rows, length, shape, self.settings.step)
+        return estimate_training_memory(
+            self.cfg, rows, length, shape, self.settings.step, self.settings.context
+        )
 
 
 def _program(given: Any) -> Any:
