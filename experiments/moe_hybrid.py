@@ -35,6 +35,7 @@ from jaxllm.cli.validation import Validation
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import PreparedData, prepare_data
 from jaxllm.train.optim import OptimConfig
+from jaxllm.train.placement import placement
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.step import StepSettings
 from jaxllm.train.trainer import fit
@@ -71,7 +72,13 @@ def run(
     optim = replace(OptimConfig(), lr=3e-3, warmup_steps=min(100, options.steps // 10))
     loader = Loader(data.train, options.rows, options.length, seed=0)
     validation = Validation(
-        cfg, data.validation, data.tokenizer, batch_size=options.rows, seq_len=options.length, part=16384
+        cfg,
+        data.validation,
+        data.tokenizer,
+        batch_size=options.rows,
+        seq_len=options.length,
+        part=16384,
+        place=placement(cfg),
     )
     settings = TrainSettings(
         steps=options.steps,
