@@ -1,4 +1,5 @@
-"""One of several processes that train together: ``distributed_worker.py MESH STEPS FOLDER``, launched by environment.
+"""One of several processes that train together: ``distributed_worker.py MESH STEPS FOLDER PATTERN``, launched by the
+environment.
 
 Prints the losses of every step; FOLDER takes checkpoints, and the last one is read back onto another mesh.
 """
@@ -41,7 +42,7 @@ class Slice(TinyLoader):
 def main() -> None:
     sizes = {name: int(size) for name, size in (part.split("=") for part in sys.argv[1].split(","))}
     shape, steps, folder = MeshShape(**sizes), int(sys.argv[2]), sys.argv[3]
-    cfg, optim = tiny_config("*-", vocab_size=62), constant_lr()
+    cfg, optim = tiny_config(sys.argv[4], vocab_size=62), constant_lr()
     assert agreed(jax.process_index(), 7) == (jax.process_count() - 1, 7)
     loader = Slice(*row_share(make_mesh(shape)))
     losses = []
