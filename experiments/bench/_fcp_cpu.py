@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import attention, attention_backward
-from parallel.context.costs import AttentionShape, Costs
+from parallel.context.costs import AttentionShape, Costs, Pass
 
 # Queries, keys, and (query, key) pairs that are visible.
 Kernel = tuple[int, int, int]
@@ -23,19 +23,20 @@ def square(tokens: int) -> Kernel:
     return tokens, tokens, tokens * (tokens + 1) // 2
 
 
-def predicted(kernel: Kernel, costs: Costs, shape: AttentionShape) -> float:
+def predicted(kernel: Kernel, costs: Costs, shape: AttentionShape, way: Pass = "forward") -> float:
     """Seconds by the simulator's rules; the masked part of a chunk with itself counts as area."""
     queries, keys, pairs = kernel
     side = np.sqrt(np.array([queries * keys], np.float64))
-    return float(pairs * shape.pair_flops / costs.rate(side, copying=False)[0])
+    return float(pairs * shape.flops(way) / costs.rate(side, copying=False)[0])
 
 
-def fitted(seconds: dict[int, float], shape: AttentionShape) -> Costs:
+def fitted(seconds: dict[int, float], shape: AttentionShape, way: Pass = "forward") -> Costs:
     """The kernel's curve through measured squares, by least squares of the logarithm over a grid.
 
     Args:
         seconds: of :func:`square` of each number of tokens.
         shape: of the attention.
+        way: the pass that was measured.
 
     Returns:
         Costs whose peak is what long chunks reach, copies taking nothing of it; all else is as it was.
@@ -43,7 +44,7 @@ def fitted(seconds: dict[int, float], shape: AttentionShape) -> Costs:
     best = (float("inf"), Costs())
     for tokens in np.geomspace(10, 4000, 200):
         base = replace(Costs(), peak=1.0, kernel_best=1.0, kernel_tokens=float(tokens), copy_share=0.0)
-        logs = [np.log(predicted(square(n), base, shape) / s) for n, s in seconds.items()]
+        logs = [np.log(predicted(square(n), base, shape, way) / s) for n, s in seconds.items()]
         peak = float(np.exp(np.mean(logs)))
         error = float(np.var(logs))
         if error < best[0]:

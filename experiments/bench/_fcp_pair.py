@@ -152,7 +152,7 @@ def predict(plan: Plan, kind: str, machine: Machine, shape: AttentionShape) -> d
     travel = transfer_seconds(plan, shape, machine)
     simulated = counted = travel
     count = tiles(plan)
-    for phase in (machine.forward, machine.backward):
+    for way, phase in (("forward", machine.forward), ("backward", machine.backward)):
         costs = replace(
             phase.costs,
             node=WORKERS,
@@ -161,7 +161,7 @@ def predict(plan: Plan, kind: str, machine: Machine, shape: AttentionShape) -> d
             network_latency=machine.latency,
             nvlink_latency=machine.latency,
         )
-        result = simulate_plan(plan, kind, shape, costs, System(reshuffle="none"))
+        result = simulate_plan(plan, kind, shape, costs, System(reshuffle="none"), way)
         busy = result.overlap * result.seconds
         idle = (2 * result.balance - 1) * busy
         simulated += result.seconds + (phase.crowding - 1) * idle

@@ -43,7 +43,7 @@ from experiments.bench._fcp_pair import (
 )
 from experiments.bench._protocol import Worker, environment
 from jaxllm.cli import machine
-from parallel.context.costs import AttentionShape
+from parallel.context.costs import PASSES, AttentionShape
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -65,7 +65,7 @@ class Size:
     rounds: int
     drawn: tuple[tuple[str, int], ...]
     kinds: tuple[str, ...] = KINDS
-    shape: AttentionShape = field(default_factory=lambda: AttentionShape(2, 1, 64, 4))
+    shape: AttentionShape = field(default_factory=lambda: AttentionShape(2, 1, 64, 4, 4))
 
     @property
     def batches(self) -> dict[str, np.ndarray]:
@@ -122,14 +122,14 @@ def calibrate(two: Two, size: Size, repeats: int) -> tuple[Machine, dict[str, An
     several: Kernel = (8 * tile[0], 2 * tile[1], 16 * tile[2])
     kernels = [several, *map(square, size.squares)]
     phases, raw = {}, {}
-    for name in ("forward", "backward"):
+    for name in PASSES:
         wanted = {"phase": name, "sizes": kernels, "repeats": repeats}
         each = [two.ask("kernels", only=rank, together=False, **wanted)[0] for rank in range(WORKERS)]
         crowded = two.ask("kernels", together=True, **wanted)
         alone = [statistics.fmean(map(statistics.median, times)) for times in zip(*each)]
         beside = [statistics.fmean(map(statistics.median, times)) for times in zip(*crowded)]
         seconds = dict(zip(kernels, alone))
-        curve = fitted({n: seconds[square(n)] for n in size.squares}, size.shape)
+        curve = fitted({n: seconds[square(n)] for n in size.squares}, size.shape, name)
         slower = statistics.median(b / a for a, b in zip(alone, beside))
         phases[name] = Phase(curve, seconds[several] / 16, slower)
         raw[name] = [
