@@ -28,12 +28,14 @@ def magi(
 ) -> Outcome:
     """The passes in the way that is fastest for them."""
     whole = magi_spread(lengths, workers)
-    outcomes = []
+    outcomes: list[Outcome] = []
     for degree in DEGREES:
         spread = replace(whole, step=stages(whole, degree))
         work = work_of(spread)
-        for apart in (True, False) if "backward" in ways else (True,):
-            outcomes.append(added(run(spread, work, way, shape, costs, apart=apart) for way in ways))
+        outcomes.extend(
+            added(run(spread, work, way, shape, costs, apart=apart) for way in ways)
+            for apart in ((True, False) if "backward" in ways else (True,))
+        )
     return min(outcomes, key=lambda outcome: outcome.seconds)
 
 

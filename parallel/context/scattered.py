@@ -60,7 +60,8 @@ class Scattered:
         whole = set(PlanArrays._fields) if self.heads else {"order"}
         plan = PlanArrays(**{n: group if n in whole else own for n in PlanArrays._fields})
         ahead = None if self.ahead is None else own
-        lanes = None if self.lanes is None else Lanes(*(own if each else group for each in of_a_worker()))
+        places: list[Any] = [own if each else group for each in of_a_worker()]
+        lanes = None if self.lanes is None else Lanes(*places)
         return Scattered(plan, lanes, own, ahead, self.exchange, self.heads, self.rows, self.length)
 
     def attention(

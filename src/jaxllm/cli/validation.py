@@ -53,9 +53,7 @@ class Validation:
         self._scatterer = None
         if place is not None and place.size("context") > 1:
             self._scatterer = Scatterer(cfg, context or ContextSettings(), place.mesh)
-        index, count = (
-            (0, 1) if place is None or self._scatterer is not None else row_share(place.mesh)
-        )
+        index, count = (0, 1) if place is None or self._scatterer is not None else row_share(place.mesh)
         share = {"process_index": index, "process_count": count}
         self.batches: list[PackedBatch] = list(validation_batches(tokens, batch_size, seq_len, **share))
         wanted = max(1, min(len(self.batches), part // (batch_size * seq_len)))

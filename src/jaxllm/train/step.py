@@ -283,9 +283,9 @@ def _gradients(
         return one(batch, scattered, rng)
 
     def accumulate(total: Any, item: Any) -> tuple[Any, None]:
-        *part, index = item
+        part, slots, index = item
         key = None if rng is None else jax.random.fold_in(rng, index)
-        return jax.tree.map(jnp.add, total, one(*part, key)), None
+        return jax.tree.map(jnp.add, total, one(part, slots, key)), None
 
     if scattered is None:
         parts = _microbatches(batch, count), None, jnp.arange(count)
