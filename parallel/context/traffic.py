@@ -42,16 +42,25 @@ def compiled_bytes(text: str, workers: int) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for match in _COLLECTIVE.finditer(re.sub(r"/\*.*?\*/", "", text)):
-        size = sum(_bytes(shape) for shape in _SHAPE.finditer(match["shapes"]))
         kind = match["kind"]
-        if kind in ("all-gather", "all-to-all"):
-            size = size * (workers - 1) // workers
-        elif kind == "reduce-scatter":
-            size *= workers - 1
-        elif kind == "all-reduce":
-            size = 2 * size * (workers - 1) // workers
-        found[kind] = found.get(kind, 0) + size
+        found[kind] = found.get(kind, 0) + received(kind, bytes_of(match["shapes"]), workers)
     return found
+
+
+def received(kind: str, size: int, members: int) -> int:
+    """Bytes that each of the ``members`` of a collective receives from the others, of a result of ``size`` bytes."""
+    if kind in ("all-gather", "all-to-all"):
+        return size * (members - 1) // members
+    if kind == "reduce-scatter":
+        return size * (members - 1)
+    if kind == "all-reduce":
+        return 2 * size * (members - 1) // members
+    return size
+
+
+def bytes_of(shapes: str) -> int:
+    """Bytes of all arrays that a shape's HLO text names."""
+    return sum(_bytes(shape) for shape in _SHAPE.finditer(shapes))
 
 
 def _bytes(shape: re.Match[str]) -> int:
