@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import _fcp_pair_table, _op_table
+from experiments import _fcp_aot_table, _fcp_pair_table, _op_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -381,6 +381,16 @@ def fcp_pair(data: dict[str, Any]) -> str:
     return f"{text}\n{known}\n{_fcp_pair_table.steps(data)}\n"
 
 
+def fcp_aot(data: dict[str, Any]) -> str:
+    """What ``bench/fcp_aot.py`` compiled: programs, and the collectives of the one with most in flight."""
+    table = _fcp_aot_table
+    text = markdown(table.PROGRAMS, table.programs(data), right=range(2, 7))
+    shown = next(each for each in data["results"] if each["error"] is None and each["case"]["options"])
+    lines = markdown(table.COLLECTIVES, table.collectives(shown), right=range(2, 7))
+    gb = data["memory_bytes"] / 1e9
+    return f'{text}\nOf {gb:.0f} GB. The collectives of a step of "{shown["case"]["name"]}":\n\n{lines}'
+
+
 def _decode_peers(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
@@ -432,6 +442,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fcp": fcp,
     "fcp_compute": fcp_compute,
     "fcp_pair": fcp_pair,
+    "fcp_aot": fcp_aot,
 }
 
 

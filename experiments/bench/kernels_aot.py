@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,25 +54,31 @@ def interpreter(version: str) -> list[str]:
     raise Missing(f"no Python {version} here")
 
 
-def environment(folder: Path, jax: str, python: str) -> Path:
-    """The interpreter of the environment for a version of JAX, made if need be.
+def environment(folder: Path, jax: str, python: str, more: Sequence[str] = ()) -> Path:
+    """The interpreter of the environment for a version of JAX, made if need be; with ``more`` packages beside it.
 
     Raises:
         Missing: no such Python, or the packages cannot be installed.
     """
     home = folder / f"jax-{jax}"
     own, done = home / "bin" / "python", home / "complete"
-    if done.is_file():
+    wanted: list[list[str]] = []
+    have = set(done.read_text(encoding="utf-8").split()) if done.is_file() else None
+    if have is None:
+        subprocess.run([*interpreter(python), "-m", "venv", "--clear", str(home)], check=True)
+        plugin = [f"jax-cuda13-plugin=={jax}", f"jax-cuda13-pjrt=={jax}", "nvidia-cuda-nvcc", "nvidia-nvvm"]
+        wanted += [[f"jax=={jax}", "numpy", "jaxtyping", "absl-py"], ["--no-deps", *plugin]]
+    elif have >= set(more):
         return own
-    subprocess.run([*interpreter(python), "-m", "venv", "--clear", str(home)], check=True)
+    if more:
+        wanted.append([f"jax=={jax}", *more])
     install = [str(own), "-m", "pip", "install", "-q"]
-    plugin = [f"jax-cuda13-plugin=={jax}", f"jax-cuda13-pjrt=={jax}", "nvidia-cuda-nvcc", "nvidia-nvvm"]
-    for packages in ([f"jax=={jax}", "numpy", "jaxtyping", "absl-py"], ["--no-deps", *plugin]):
+    for packages in wanted:
         shown = subprocess.run([*install, *packages], capture_output=True, text=True)
         if shown.returncode:
             last = (shown.stderr.strip().splitlines() or ["pip failed without a word"])[-1]
             raise Missing(f"the packages for jax {jax} cannot be installed: {last[:200]}")
-    done.touch()
+    done.write_text("\n".join(sorted({*(have or ()), *more})), encoding="utf-8")
     return own
 
 
