@@ -23,8 +23,6 @@ PURPOSES = {
     "transformed_states": "states of blocks",
     "halo": "inputs of convolutions",
     "Placement.share": "parameters",
-    "Placement.sum_gradients": "gradients and sums",
-    "Placement.sum_rows": "gradients and sums",
     "through_experts": "tokens to experts",
     "Scattered.sum_group": "balance of experts",
 }
@@ -47,8 +45,8 @@ def purpose(one: Collective) -> str:
             return "gradients of parameters"
         if name in PURPOSES:
             return PURPOSES[name]
-    # What XLA has combined of many sums has lost where it is from.
-    if one.kind == "all-reduce" and not one.origin:
+    # Of gradients, of the loss, of their norm; what XLA has combined of many has lost where it is from.
+    if one.kind == "all-reduce":
         return "gradients and sums"
     raise ValueError(f"{one.name}: {one.kind} of {one.shape[:200]} in {one.origin[:6]}: of unknown purpose")
 

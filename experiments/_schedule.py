@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from experiments._hlo import Instruction, Program
@@ -34,6 +35,7 @@ WORK = tuple(dict.fromkeys(_WORK.values()))
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _GROUPS = re.compile(r"\breplica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[\d+,(?P<size>\d+)\]|(?P<all>\{\}))")
+_AXES = re.compile(r"\breplica_groups=mesh\[(?P<mesh>['\w=,]+)\] \{(?P<axes>['\w,]+)\}")
 _STATES = ("asynchronous", "hidden", "marked")
 
 
@@ -156,6 +158,10 @@ def _end(lines: list[Instruction], place: int) -> int:
 
 
 def _members(attributes: str, devices: int) -> int:
+    over = _AXES.search(attributes)
+    if over is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", over["mesh"]))
+        return prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", over["axes"]))
     found = _GROUPS.search(attributes)
     if found is None:
         raise ValueError(f"{attributes[:200]!r}: no replica_groups that can be read")

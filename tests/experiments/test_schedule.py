@@ -101,6 +101,16 @@ def test_collectives_of_a_schedule():
     assert found["a.6"].bytes == 48
 
 
+def test_groups_along_axes_of_a_mesh():
+    groups = "replica_groups={{0,1,2,3}}"
+    for named, bytes_ in (
+        ("mesh['a'=2,'b'=2] {'b'}", 32),
+        ("mesh['a'=2,'b'=2] {'a','b'}", 48),
+    ):
+        found = collectives(parse(TEXT.replace(groups, f"replica_groups={named}")))
+        assert next(each for each in found if each.name == "a.6").bytes == bytes_
+
+
 def test_rows_add_up_and_find_what_runs_meanwhile():
     program = parse(TEXT)
     rows = summed(
