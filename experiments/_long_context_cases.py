@@ -25,6 +25,15 @@ QUICK = ("window", "quest", "rkv")
 WINDOW = "window"
 # They read a part and keep everything; all others evict.
 SELECTING = ("quest", "tactic", "pillar")
+# Lines that say most; where there are many samples they are measured on all of them before the others are.
+URGENT = (
+    (WINDOW, 1 / 16),
+    (WINDOW, 1 / 8),
+    ("quest", 1 / 16),
+    ("quest", 1 / 8),
+    ("pillar", 1 / 16),
+    ("tactic", 0.9),
+)
 # Models with fewer attention layers cannot spare the two that Quest leaves dense as published.
 _LAYERS_FOR_DENSE = 4
 
@@ -105,6 +114,13 @@ def variants(grid: str, tokens: int, layers: int) -> list[Variant]:
             found += [Variant(name, budget, dtype, made[name]) for name in named]
         found += [Variant("tactic", mass, dtype, Tactic(mass=mass)) for mass in masses]
     return found
+
+
+def urgent(variant: Variant) -> bool:
+    """Whether a line comes before the others."""
+    if variant.dtype == "compute":
+        return (variant.policy, variant.setting) in URGENT
+    return variant.policy == "dense" and variant.dtype == "int4"
 
 
 def settings(grid: str, dtype: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -73,8 +73,9 @@ def trained_jobs(model: LanguageModel, grid: str) -> list[Job]:
         # Both fill the same pages, so that one program of each policy serves them.
         "quick": [("recall", 512, 1, "quick"), (TEXT, 384, 1, "quick")],
         "default": [
+            # As above.
             ("recall", 1024, 24, "default"),
-            (TEXT, 1024, 8, "default"),
+            (TEXT, 896, 8, "default"),
             ("recall", 512, 24, "one"),
             ("recall", 2048, 24, "default"),
             ("arithmetic", 512, 6, "default"),

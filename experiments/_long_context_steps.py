@@ -28,7 +28,7 @@ from jaxllm.model import functional
 from jaxllm.model.functional import LanguageModel, Params
 
 PAGE = 16
-CHUNK = 512
+CHUNK = 4096
 # Tokens of a prompt that every policy reads itself: more than any looks back to at a prompt's end.
 LAST = 64
 # Steps of a program at most: a question, a piece of text and a piece of a long output are served by the same.
@@ -109,6 +109,7 @@ class Reader:
         sums: bool = False,
         page: int = PAGE,
         scorer: str = "minmax",
+        chunk: int = CHUNK,
     ) -> Begun:
         """Read a prompt except for its end.
 
@@ -119,6 +120,7 @@ class Reader:
             sums: for H2O, which adds up the attention of the whole prompt; else for every other policy.
             page: tokens of a page.
             scorer: of Quest, whose boxes are made page by page.
+            chunk: tokens that are read at once.
         """
         capacity = -(-(len(prompt) + more) // page) * page
         # Nothing is evicted, and what these two note down while reading is noted for any of their settings.
@@ -126,8 +128,9 @@ class Reader:
         policy = H2O(heavy=big, recent=big) if sums else Quest(budget=1.0, scorer=scorer, dense_layers=())
         cache = init_cache(self.cfg, 1, capacity, KVCache(dtype, page), policy)
         read = max(len(prompt) - LAST, 0)
-        for start in range(0, read, CHUNK):
-            cache = self._read(cache, prompt[start : min(start + CHUNK, read)], start, CHUNK, final=False)
+        width = min(chunk, _power_of_two(read))
+        for start in range(0, read, width):
+            cache = self._read(cache, prompt[start : min(start + width, read)], start, width, final=False)
         return Begun(cache, read, list(prompt[read:]))
 
     def end(self, begun: Begun, policy: Policy) -> Cache:
