@@ -321,6 +321,56 @@ def _got(row: dict[str, Any]) -> str:
     return text if row["counted"] else f"({text})"
 
 
+def retrieval_exact(data: dict[str, Any]) -> str:
+    """What ``experiments.retrieval_exact`` wrote."""
+    lines = [
+        (
+            number(r["length"], 0),
+            f"{r['right']} of {r['asked']}",
+            f"{r['least_probability']:.3f}",
+            f"{r['depths'][0]:.0%} to {r['depths'][1]:.0%}",
+        )
+        for r in data["rows"]
+    ]
+    header = ("context, tokens", "right", "least probability of a right answer", "depths")
+    where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
+    return f"{markdown(header, lines, right=[0, 1, 2])}\nDense attention, float32. Computed on: {where}.\n"
+
+
+def selection_limits(data: dict[str, Any]) -> str:
+    """What ``experiments.selection_limits`` wrote."""
+    share = lambda value: "" if value is None else f"{value:.0%}"  # noqa: E731
+    lines = [
+        (
+            r["case"],
+            number(r["page"], 0),
+            " and ".join(share(each) for each in r["page_read"]),
+            share(r["accuracy"]),
+        )
+        for r in data["pages"]
+    ]
+    header = ("Quest at 1/16", "page", "page of the answer read, by KV head", "right")
+    text = markdown(header, lines, right=[1])
+    names = ("own", "earlier", "pillar", "quest", "last")
+    lines = [(r["model"], str(r["layer"]), *(f"{r[name]:.1%}" for name in names)) for r in data["steps"]]
+    header = (
+        "model",
+        "layer",
+        "chosen by the step itself",
+        "by one of the 7 steps before",
+        "Pillar",
+        "Quest",
+        "last tokens",
+    )
+    inputs = data["inputs"]
+    where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
+    return (
+        f"{text}\n{markdown(header, lines, right=range(2, 7))}\nAbove: {number(inputs['context'], 0)} tokens, "
+        f"{inputs['questions']} questions. Below: share of the true attention on a sixteenth of "
+        f"{number(inputs['text'], 0)} tokens, mean of {inputs['steps']} steps. Computed on: {where}.\n"
+    )
+
+
 def fcp(data: dict[str, Any]) -> str:
     """What ``experiments.fcp`` simulated: MFU by GPUs, and the paper's figures beside ours."""
     text = ""
@@ -439,6 +489,8 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "convert_memory": convert_memory,
     "decode": decode,
     "long_context": long_context,
+    "retrieval_exact": retrieval_exact,
+    "selection_limits": selection_limits,
     "fcp": fcp,
     "fcp_compute": fcp_compute,
     "fcp_pair": fcp_pair,
