@@ -21,6 +21,7 @@ import argparse
 import datetime
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,17 @@ def hopeless(records: list[dict[str, Any]], job: Job) -> bool:
     return (total - wrong) / total < LEAST_DENSE
 
 
+def whole(records: list[dict[str, Any]], jobs: list[Job]) -> list[dict[str, Any]]:
+    """Records of the lines that were measured on all samples of their job, and of what dense attention cannot do."""
+    found = []
+    for job in jobs:
+        mine = [r for r in records if (r["task"], r["length"]) == (job.task, job.length)]
+        counts = Counter((r["policy"], r["setting"], r["dtype"]) for r in mine)
+        least = 1 if hopeless(mine, job) else job.samples
+        found += [r for r in mine if counts[r["policy"], r["setting"], r["dtype"]] >= least]
+    return found
+
+
 def _tokens(job: Job) -> int:
     """Of a job's whole sequence, which budgets are fractions of: that of its first sample."""
     sample = job.make(0)
@@ -213,7 +225,6 @@ def model_report(
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     # The last line of a run that was killed may be half a line.
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    wanted = {(job.task, job.length) for job in jobs}
     if progress is not None:
         with file.open("w", encoding="utf-8") as out:
             out.writelines(json.dumps(record) + "\n" for record in records)
@@ -228,7 +239,7 @@ def model_report(
         named = variants(job.grid, _tokens(job), layers)
         keys = {(job.task, job.length, number, *v.key) for v in named for number in range(job.samples)}
         planned |= keys & measured if hopeless(records, job) else keys
-    figures = Figures(aggregated(r for r in records if (r["task"], r["length"]) in wanted))
+    figures = Figures(aggregated(whole(records, jobs)))
     for row in figures.rows:
         row["counted"] = figures.counts(row)
     return {

@@ -138,6 +138,19 @@ def test_what_dense_attention_cannot_do_is_not_measured_further():
     assert left["budget"] == "any" and "cannot do it" in left["reason"]
 
 
+def test_a_line_counts_when_all_its_samples_are_there():
+    job = Job("recall", 4096, 2, "one", lambda number: sample())
+    dense = [record("dense", 1.0, 1.0, 1.0, sample=number) for number in range(2)]
+    some = [record("quest", 1 / 16, 1.0, 1 / 16, sample=0)]
+    elsewhere = [row | {"length": 1} for row in dense]
+    assert long_context.whole([*dense, *some, *elsewhere], [job]) == dense
+    more = [*some, record("quest", 1 / 16, 0.0, 1 / 16, sample=1)]
+    assert long_context.whole([*dense, *more], [job]) == [*dense, *more]
+    # Given up after the first sample.
+    wrong = [record("dense", 1.0, 0.5, 1.0, sample=0)]
+    assert long_context.whole(wrong, [job]) == wrong
+
+
 def test_the_rule_is_asked_at_each_budget_by_itself():
     found = figures()
     rows = [
