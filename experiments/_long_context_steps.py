@@ -223,7 +223,8 @@ def under(cache: Cache, policy: Policy) -> Cache:
             same = isinstance(wanted, type(state.policy))
             if isinstance(wanted, H2O) and not same:
                 raise ValueError("H2O needs the sums of the whole prompt: begin(..., sums=True)")
-            if isinstance(wanted, Quest) and not (same and wanted.scorer == state.policy.scorer):
+            boxes = state.policy.scorer if isinstance(state.policy, Quest) else None
+            if isinstance(wanted, Quest) and wanted.scorer != boxes:
                 raise ValueError("Quest needs the boxes of the whole prompt: begin(..., scorer=...)")
             wanted.check(state.layout)
             memory = state.memory if same else jax.tree.map(jnp.copy, wanted.init(state.layout))

@@ -87,6 +87,12 @@ def test_sums_cannot_be_made_up():
         reader().end(begun("compute", False), CHOSEN["h2o"])
 
 
+def test_boxes_cannot_be_made_up():
+    for sums, policy in ((True, CHOSEN["quest"]), (False, replace(CHOSEN["quest"], scorer="mean"))):
+        with pytest.raises(ValueError, match="boxes"):
+            reader().end(begun("compute", sums), policy)
+
+
 def test_every_budget_is_kept():
     """No policy is given more than the others: what evicts stores at most the budget, its buffer included."""
     for budget in (1 / 64, 1 / 16, 1 / 8):
