@@ -1,22 +1,44 @@
-"""Forward time of whole hybrid stacks under a kind of context parallelism: attention as simulated, the rest by tokens.
+"""Time of whole hybrid stacks under a kind of context parallelism: attention as simulated, the rest by tokens.
 
 Products of matrices run at the best rate of the attention kernel, recurrent scans at that or at the speed of memory,
 whichever is slower; a worker's time is that of the fullest one's tokens. Experts are spread over a node.
+Backward takes twice the products of forward, of a recurrence two and a half times, as of attention, for scores are computed
+again; it passes states and experts' rows the same way back. Nothing else is computed twice, and the reduction of gradients
+of weights is not part of it.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxllm import preset
+from parallel.context import STRATEGIES
 from parallel.context.costs import AttentionShape, Costs
-from parallel.context.simulate import Result, System, plan_for, simulate, simulate_plan
+from parallel.context.magi import CHUNK
+from parallel.context.outcome import Result
+from parallel.context.simulate import KINDS, Passes, System, plan_for, simulate, simulate_plan, ways_of
 
 STACKS = {"hybrid (Nemotron-H 8B)": "nemotron_h_8b", "MoE (Nemotron 3 Nano)": "nemotron_3_nano_30b_a3b"}
 SCATTERED, RESHUFFLED = "fcp, blocks stay scattered", "fcp, reshuffled at attention"
 CROWDING = (1.05, 1.1, 1.25, 1.5, 2.0)
 _BFLOAT16, _FLOAT32 = 2, 4
+
+
+class _Times(NamedTuple):
+    """Of forward: products of matrices, operations and memory of recurrences, messages."""
+
+    products: float
+    scan_flops: float
+    scan_bytes: float
+    messages: float
+
+
+_TIMES = {
+    "forward": _Times(1.0, 1.0, 1.0, 1.0),
+    "backward": _Times(2.0, 2.5, 2.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -83,37 +105,50 @@ def stack_of(name: str) -> Stack:
 
 
 def stack_results(
-    stack: Stack, lengths: np.ndarray, workers: int, costs: Costs
-) -> dict[str, dict[str, float]]:
-    """MFU of the whole forward pass, and shares of its time, of every kind that is possible."""
-    found = {}
+    stack: Stack, lengths: np.ndarray, workers: int, costs: Costs, passes: tuple[Passes, ...]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """MFU of all layers, and shares of their time, of every kind that is possible, by passes."""
+    found: dict[str, dict[str, dict[str, float]]] = {each: {} for each in passes}
+    mean = float(lengths.sum()) / workers
     plan = plan_for(lengths, workers, "fcp", costs)
-    for name, reshuffle in ((RESHUFFLED, "overlapped"), (SCATTERED, "none")):
-        result = simulate_plan(plan, "fcp", stack.shape, costs, System(reshuffle=reshuffle))
+    for name in (RESHUFFLED, SCATTERED):
         # Scattered, every layer computes whole slots, filled or not; reshuffled, equal shares of the batch.
         slots = plan.capacity.slots
         scattered = name == SCATTERED
-        tokens = slots * plan.capacity.block if scattered else plan.blocks.tokens / workers
+        tokens = float(slots * plan.capacity.block) if scattered else mean
         passing = _all_to_all(stack, slots, workers, costs) if scattered else _scan(stack, 1, workers, costs)
-        found[name] = _total(stack, lengths, workers, costs, result, tokens, passing)
-    for kind in ("ring", "zigzag", "zigzag-each", "ulysses", "document", "grouping"):
+        for each in passes:
+            system = System(reshuffle="none" if scattered else "overlapped")
+            result = simulate_plan(plan, "fcp", stack.shape, costs, system, each)
+            found[each][name] = _total(stack, lengths, workers, costs, result, tokens, passing, each)
+    for kind in (kind for kind in KINDS if not kind.startswith("fcp")):
         if kind == "ulysses" and stack.shape.heads % workers:
             continue
-        # Groups are chosen for the whole stack: the more tokens on one worker, the slower the other layers.
-        crowding = CROWDING if kind == "grouping" else (costs.crowding,)
-        made = [
-            simulate(lengths, workers, kind, stack.shape, replace(costs, crowding=most)) for most in crowding
-        ]
-        # Of documents that lie on all workers each has two chunks everywhere; else a worker's tokens are neighbours.
-        passing = (
-            _all_to_all(stack, 2 * len(lengths), workers, costs)
-            if kind == "zigzag-each"
-            else _scan(stack, 2 if kind == "zigzag" else 1, workers, costs)
-        )
-        mean = float(lengths.sum()) / workers
-        totals = [_total(stack, lengths, workers, costs, each, each.tokens * mean, passing) for each in made]
-        found[kind] = min(totals, key=lambda total: total["seconds"])
+        passing = _passing(stack, kind, lengths, workers, costs)
+        plan = plan_for(lengths, workers, kind, costs) if kind in STRATEGIES else None
+        for each in passes:
+            if plan is not None:
+                made = [simulate_plan(plan, kind, stack.shape, costs, passes=each)]
+            else:
+                # Groups are chosen for the whole stack: the more tokens on one worker, the slower the other layers.
+                made = [
+                    simulate(lengths, workers, kind, stack.shape, replace(costs, crowding=most), passes=each)
+                    for most in (CROWDING if kind == "grouping" else (costs.crowding,))
+                ]
+            totals = [_total(stack, lengths, workers, costs, r, r.tokens * mean, passing, each) for r in made]
+            found[each][kind] = min(totals, key=lambda total: total["seconds"])
     return found
+
+
+def _passing(stack: Stack, kind: str, lengths: np.ndarray, workers: int, costs: Costs) -> float:
+    """Seconds of passing a layer's states on under a rival."""
+    # Of documents that lie on all workers each has two chunks everywhere, and chunks that are dealt out lie anywhere; else
+    # a worker's tokens are neighbours.
+    if kind == "zigzag-each":
+        return _all_to_all(stack, 2 * len(lengths), workers, costs)
+    if kind == "magi":
+        return _all_to_all(stack, -(-int(lengths.sum()) // (CHUNK * workers)), workers, costs)
+    return _scan(stack, 2 if kind == "zigzag" else 1, workers, costs)
 
 
 def _all_to_all(stack: Stack, chunks: int, workers: int, costs: Costs) -> float:
@@ -140,17 +175,28 @@ def _total(
     result: Result,
     tokens: float,
     passing: float,
+    passes: Passes,
 ) -> dict[str, float]:
+    times = [_TIMES[way] for way in ways_of(passes)]
+    products, scan_flops, messages = (
+        sum(getattr(each, name) for each in times) for name in ("products", "scan_flops", "messages")
+    )
     rate = costs.peak * costs.kernel_best
-    scan = max(tokens * stack.scan_flops / rate, tokens * stack.scan_bytes / costs.memory)
+    scan = sum(
+        max(
+            tokens * stack.scan_flops * each.scan_flops / rate,
+            tokens * stack.scan_bytes * each.scan_bytes / costs.memory,
+        )
+        for each in times
+    )
     routed = 0.0
     if stack.routed and workers > 1:
         size = np.array([tokens * stack.routed])
-        routed = float(costs.all_to_all_seconds(size, min(workers, costs.node))[0])
-    attention, states = stack.attention * result.seconds, stack.recurrent * passing
-    seconds = attention + states + tokens * stack.flops / rate + scan + routed
+        routed = messages * float(costs.all_to_all_seconds(size, min(workers, costs.node))[0])
+    attention, states = stack.attention * result.seconds, stack.recurrent * passing * messages
+    seconds = attention + states + tokens * stack.flops * products / rate + scan + routed
     all_tokens = float(lengths.sum())
-    flops = all_tokens * (stack.flops + stack.scan_flops)
+    flops = all_tokens * (stack.flops * products + stack.scan_flops * scan_flops)
     flops += stack.attention * result.mfu * result.seconds * workers * costs.peak
     return {
         "seconds": seconds,

@@ -1,14 +1,15 @@
 """FCP against other context parallelism on 8 to 1,024 simulated GPUs, beside what its paper (arXiv 2605.08524) measured.
 
 Command:  python -m experiments.fcp [--quick] [--out FILE]
-Time:     about a minute on two idle cores; --quick 10 seconds. It takes up where it stopped (runs/fcp).
-Expected: attention MFU of FCP near 0.75 from 64 to 1,024 GPUs on log-normal lengths, 1.2 to 2.5 times the best of the rings
-          and of per-document placement; Ulysses is faster where it has heads enough; groups that may also share heads come
-          within a few per cent. With room for few foreign blocks FCP loses its lead.
+Time:     a few minutes on two idle cores; --quick half a minute. It takes up where it stopped (runs/fcp).
+Expected: attention MFU of FCP near 0.75 from 64 to 1,024 GPUs on log-normal lengths, forward and backward, 1.2 to 2.4 times
+          the best of the rings and of per-document placement; Ulysses is faster where it has heads enough; groups that may
+          also share heads come within a few per cent, MagiAttention up to some hundred GPUs. With room for few foreign
+          blocks FCP loses its lead.
 
 Nothing runs on a GPU here. The constants are those of parallel/context/costs.py, one set for every figure; the work and
-the transfers of FCP, rings and per-document placement are those of real plans. 32,768 tokens a GPU, forward pass. A figure
-of the paper counts as reproduced within 10 %; the others are printed with their difference.
+the transfers of FCP, rings and per-document placement are those of real plans. 32,768 tokens a GPU, forward pass, and
+forward with backward. A figure of the paper counts as reproduced within 10 %; the others are printed with their difference.
 """
 
 import argparse
@@ -29,16 +30,17 @@ from experiments._fcp_report import draw, show
 from experiments._fcp_stacks import STACKS, stack_of, stack_results
 from experiments._fcp_summary import summary
 from jaxllm.cli import machine
-from parallel.context import DISTRIBUTIONS, draw_lengths
-from parallel.context.costs import AttentionShape, Costs
-from parallel.context.simulate import ABLATION, KINDS, plan_for, simulate, simulate_plan
+from parallel.context import DISTRIBUTIONS, STRATEGIES, draw_lengths
+from parallel.context.costs import PASSES, AttentionShape, Costs
+from parallel.context.simulate import ABLATION, KINDS, Passes, System, plan_for, simulate, simulate_plan
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 EACH = 32_768
+SHOWN: tuple[Passes, ...] = ("forward", "both")
 ROOMS = (8, 16, 32, 64, 128, 256, math.inf)
 # Changes where old records no longer fit what is simulated.
-_RECIPE = 2
+_RECIPE = 3
 
 Key = tuple[str | int | float, ...]
 Case = tuple[Key, Callable[[], dict[str, Any]]]
@@ -65,14 +67,22 @@ def lengths_of(name: str, tokens: int, seed: int) -> np.ndarray:
     return kept
 
 
-def every_kind(lengths: np.ndarray, workers: int, costs: Costs) -> dict[str, Any]:
-    """Results of every kind that is possible on so many workers."""
-    heads = AttentionShape().heads
-    return {
-        kind: asdict(simulate(lengths, workers, kind, costs=costs))
-        for kind in KINDS
-        if kind != "ulysses" or heads % workers == 0
-    }
+def every_kind(
+    lengths: np.ndarray, workers: int, costs: Costs, passes: tuple[Passes, ...]
+) -> dict[str, dict[str, Any]]:
+    """Results of every kind that is possible on so many workers, by passes."""
+    found: dict[str, dict[str, Any]] = {each: {} for each in passes}
+    for kind in KINDS:
+        if kind == "ulysses" and AttentionShape().heads % workers:
+            continue
+        plan = plan_for(lengths, workers, kind, costs) if kind in STRATEGIES else None
+        for each in passes:
+            if plan is None:
+                result = simulate(lengths, workers, kind, costs=costs, passes=each)
+            else:
+                result = simulate_plan(plan, kind, costs=costs, passes=each)
+            found[each][kind] = asdict(result)
+    return found
 
 
 def varied(costs: Costs) -> Iterator[tuple[str, float, Costs]]:
@@ -103,25 +113,27 @@ def cases(quick: bool, costs: Costs) -> Iterator[Case]:
             for seed in seeds:
                 yield (
                     ("scale", name, workers, seed),
-                    lambda n=name, w=workers, s=seed: every_kind(drawn(n, w, s), w, costs),
+                    lambda n=name, w=workers, s=seed: every_kind(drawn(n, w, s), w, costs, SHOWN),
                 )
     for longest in (131_072, 262_144, 524_288, 1_048_576):
         for name in (f"log-normal to {longest}", f"all of {longest}"):
             for seed in seeds if name.startswith("log") else range(1):
                 yield (
                     ("context", name, large, seed),
-                    lambda n=name, s=seed: every_kind(drawn(n, large, s), large, costs),
+                    lambda n=name, s=seed: every_kind(drawn(n, large, s), large, costs, ("forward",)),
                 )
     for kind in ("fcp", "fcp-pairs"):
         for seed in seeds:
             yield ("ablation", kind, middle, seed), lambda k=kind, s=seed: ablation(k, middle, s, costs)
     for seed in seeds:
         yield ("room", "log-normal", large, seed), lambda s=seed: rooms(large, s, costs)
+    for seed in seeds:
+        yield ("gradients", "log-normal", large, seed), lambda s=seed: gradients(large, s, costs)
     for name, factor, other in varied(costs):
         for seed in seeds:
             yield (
                 ("sensitivity", name, factor, large, seed),
-                lambda o=other, s=seed: every_kind(drawn("log-normal", large, s), large, o),
+                lambda o=other, s=seed: every_kind(drawn("log-normal", large, s), large, o, ("forward",)),
             )
     for label, preset in STACKS.items():
         for workers in sizes[::2] if quick else (8, 32, 64, 256, 1024):
@@ -129,29 +141,52 @@ def cases(quick: bool, costs: Costs) -> Iterator[Case]:
                 yield (
                     ("stack", label, workers, seed),
                     lambda p=preset, w=workers, s=seed: stack_results(
-                        stack_of(p), drawn("log-normal", w, s), w, costs
+                        stack_of(p), drawn("log-normal", w, s), w, costs, SHOWN
                     ),
                 )
 
 
 def ablation(kind: str, workers: int, seed: int, costs: Costs) -> dict[str, Any]:
-    """The same plan with more and more of FCP switched on."""
+    """The same plan with more and more of FCP switched on, by passes."""
     plan = plan_for(lengths_of("log-normal", workers * EACH, seed), workers, kind, costs)
     return {
-        name: asdict(simulate_plan(plan, kind, costs=costs, system=system))
-        for name, system in ABLATION.items()
+        each: {
+            name: asdict(simulate_plan(plan, kind, costs=costs, system=system, passes=each))
+            for name, system in ABLATION.items()
+        }
+        for each in PASSES
+    }
+
+
+def gradients(workers: int, seed: int, costs: Costs) -> dict[str, Any]:
+    """The same plan's backward pass with other choices of what travels and how."""
+    plan = plan_for(lengths_of("log-normal", workers * EACH, seed), workers, "fcp", costs)
+    short, long = AttentionShape(), AttentionShape(gradient_bytes=4)
+    choices = {
+        "keys fetched again, gradients of 2 bytes": (short, System()),
+        "gradients of 4 bytes": (long, System()),
+        "keys kept": (short, System(kept=True)),
+        "keys kept, gradients of 4 bytes": (long, System(kept=True)),
+        "keys and gradients in one queue": (short, System(apart=False)),
+    }
+    return {
+        "backward": {
+            name: asdict(simulate_plan(plan, "fcp", shape, costs, system, "backward"))
+            for name, (shape, system) in choices.items()
+        }
     }
 
 
 def rooms(workers: int, seed: int, costs: Costs) -> dict[str, Any]:
     """The same plan where a worker can hold so many blocks of others at once."""
     plan = plan_for(lengths_of("log-normal", workers * EACH, seed), workers, "fcp", costs)
-    return {
+    found = {
         str(room): asdict(
             simulate_plan(plan, "fcp", costs=replace(costs, room=float(room * plan.capacity.block)))
         )
         for room in ROOMS
     }
+    return {"forward": found}
 
 
 def collect(file: Path, quick: bool, costs: Costs) -> list[dict[str, Any]]:
@@ -188,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "command": "python -m experiments.fcp",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "inputs": {"tokens_per_gpu": EACH, "shape": AttentionShape()._asdict(), "pass": "forward"},
+        "inputs": {"tokens_per_gpu": EACH, "shape": AttentionShape()._asdict(), "passes": list(SHOWN)},
         "constants": {k: str(v) if v == math.inf else v for k, v in asdict(costs).items()},
         "versions": machine.versions(),
         **summary(records),

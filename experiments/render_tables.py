@@ -371,28 +371,40 @@ def selection_limits(data: dict[str, Any]) -> str:
     )
 
 
+_PASSES = {"forward": "forward", "both": "forward and backward"}
+
+
+def _by_gpus(title: str, by_size: dict[str, Any], more: list[list[str]]) -> str:
+    """MFU of every kind by the number of GPUs, and further rows."""
+    kinds = dict.fromkeys(kind for found in by_size.values() for kind in found)
+    rows = [
+        [kind, *(number(found.get(kind, {}).get("mfu"), 2) for found in by_size.values())] for kind in kinds
+    ]
+    header = [f"{title}, GPUs:", *(number(int(size), 0) for size in by_size)]
+    return markdown(header, rows + more, right=range(1, len(header))) + "\n"
+
+
 def fcp(data: dict[str, Any]) -> str:
     """What ``experiments.fcp`` simulated: MFU by GPUs, and the paper's figures beside ours."""
     text = ""
-    for name, by_size in data["scale"].items():
-        kinds = list(dict.fromkeys(kind for found in by_size.values() for kind in found))
-        rows = [
-            [kind, *(number(found.get(kind, {}).get("mfu"), 2) for found in by_size.values())]
-            for kind in kinds
-        ]
-        over = data["ratios"][name]
-        for label, key in (("**fcp over oracle**", "over_oracle"), ("**fcp over all others**", "over_best")):
-            rows.append([label, *(f"**{over[size][key]:.2f}**" for size in by_size)])
-        header = [f"attention MFU, {name} lengths, GPUs:", *(number(int(size), 0) for size in by_size)]
-        text += markdown(header, rows, right=range(1, len(header))) + "\n"
-    for name, by_size in data["stacks"].items():
-        kinds = list(dict.fromkeys(kind for found in by_size.values() for kind in found))
-        rows = [
-            [kind, *(number(found.get(kind, {}).get("mfu"), 2) for found in by_size.values())]
-            for kind in kinds
-        ]
-        header = [f"MFU of the forward pass, {name}, GPUs:", *(number(int(size), 0) for size in by_size)]
-        text += markdown(header, rows, right=range(1, len(header))) + "\n"
+    for passes, by_name in data["scale"].items():
+        for name, by_size in by_name.items():
+            over = data["ratios"][passes][name]
+            more = [
+                [f"**fcp over {label}**", *(f"**{over[size][key]:.2f}**" for size in by_size)]
+                for label, key in (
+                    ("oracle", "over_oracle"),
+                    ("oracle and magi", "over_paper"),
+                    ("all others", "over_best"),
+                )
+            ]
+            text += _by_gpus(f"attention MFU, {_PASSES[passes]}, {name} lengths", by_size, more)
+    for passes, by_name in data["stacks"].items():
+        for name, by_size in by_name.items():
+            text += _by_gpus(f"MFU of all layers, {_PASSES[passes]}, {name}", by_size, [])
+    ((workers, variants),) = data["gradients"].items()
+    rows = [(variant, number(found["mfu"], 3)) for variant, found in variants.items()]
+    text += markdown((f"fcp's backward pass, {workers} GPUs", "MFU"), rows, right=[1]) + "\n"
     lines = [
         (
             each["claim"],

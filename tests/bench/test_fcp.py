@@ -15,12 +15,13 @@ from parallel.context.costs import Costs
 
 def result(seconds: float, mfu: float, kernel: float = 0.8, balance: float = 1.0, overlap: float = 1.0):
     shares = {"kernel": kernel, "balance": balance, "overlap": overlap}
-    return {"seconds": seconds, "mfu": mfu, "received": 0.0, "tokens": 1.0} | shares
+    return {"seconds": seconds, "mfu": mfu, "received": 0.0, "tokens": 1.0, "traffic": 1.0} | shares
 
 
 def batch(**mfu: float):
     found = {kind: result(1 / value, value) for kind, value in mfu.items()}
-    return summary.with_oracle({kind: result(10.0, 0.1) for kind in summary.PAPER_KINDS} | found)
+    rivals = (*summary.PAPER_KINDS, summary.MAGI)
+    return summary.with_oracle({kind: result(10.0, 0.1) for kind in rivals} | found)
 
 
 def test_batches_count_by_their_time():
@@ -34,6 +35,7 @@ def test_the_oracle_is_the_best_that_the_paper_compares_with():
     ratios = summary.ratios(found)
     assert ratios["over_oracle"] == pytest.approx(1.2)
     assert ratios["over_best"] == pytest.approx(0.6 / 0.7) and ratios["best"] == "grouping"
+    assert summary.ratios(batch(ring=0.3, magi=0.5, fcp=0.6))["over_paper"] == pytest.approx(1.2)
 
 
 def test_a_rival_breaks_where_it_falls_far_behind_and_for_what_it_lacks():
@@ -87,12 +89,16 @@ def test_a_stack_is_its_preset(name):
 def test_stacks_pay_for_tokens_and_states():
     lengths = fcp.lengths_of("log-normal", 8 * 32_768, 0)
     stack = stacks.stack_of("nemotron_h_8b")
-    found = stacks.stack_results(stack, lengths, 8, Costs(node=4))
+    by_passes = stacks.stack_results(stack, lengths, 8, Costs(node=4), ("forward", "backward", "both"))
+    found = by_passes["forward"]
     assert found[stacks.RESHUFFLED]["tokens"] == pytest.approx(1)
     assert found[stacks.SCATTERED]["tokens"] > 1.01
     assert found[stacks.SCATTERED]["states"] > found[stacks.RESHUFFLED]["states"] > 0
-    assert all(0 < each["mfu"] < 0.9 for each in found.values())
-    alone = stacks.stack_results(stack, np.array([32_768]), 1, Costs())
+    for results in by_passes.values():
+        assert all(0 < each["mfu"] < 0.9 for each in results.values())
+    one, more, both = (by_passes[each][stacks.RESHUFFLED]["seconds"] for each in by_passes)
+    assert 2 * one < more < 2.5 * one and both == pytest.approx(one + more)
+    alone = stacks.stack_results(stack, np.array([32_768]), 1, Costs(), ("forward",))["forward"]
     assert all(each["states"] == 0 for each in alone.values())
 
 
@@ -103,8 +109,8 @@ def test_the_quick_form_runs_and_resumes(tmp_path, monkeypatch):
     assert fcp.main(arguments) == 0
     first = json.loads(out.read_text())
     assert (tmp_path / "fcp.png").stat().st_size > 10_000
-    assert len(first["claims"]) == 10 and {"fcp", "oracle", "grouping"} <= set(
-        first["scale"]["log-normal"]["64"]
+    assert len(first["claims"]) == 19 and {"fcp", "oracle", "grouping"} <= set(
+        first["scale"]["both"]["log-normal"]["64"]
     )
     table = render_tables.fcp(first)
     assert "| **fcp over oracle** |" in table and "comes out" in table
