@@ -35,15 +35,17 @@ from parallel.context import (
     Lanes,
     Plan,
     PlanConfig,
+    causal_conv,
     contiguous_lanes,
     draw_lengths,
+    dynamic_conv,
+    gated_delta,
+    lane_specs,
     layout,
     make_lanes,
     make_plan,
+    ssd,
 )
-from parallel.context.halo import causal_conv, dynamic_conv
-from parallel.context.recurrence import gated_delta, ssd
-from parallel.context.rows import lane_specs
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 AXIS = "context"

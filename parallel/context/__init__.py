@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from parallel.context.attention import context_attention
     from parallel.context.batch import SCATTER_STRATEGIES, Placed, Room, ScatterConfig, scatter
     from parallel.context.exchange import BACKENDS, Exchange, own, plan_specs
+    from parallel.context.halo import causal_conv, dynamic_conv
+    from parallel.context.recurrence import gated_delta, ssd
     from parallel.context.reshuffle import from_slots, to_slots
+    from parallel.context.rows import lane_specs
     from parallel.context.scattered import Scattered
     from parallel.context.ulysses import shares, ulysses_attention, ulysses_plan
 
@@ -33,11 +36,16 @@ _HOMES = {
     "Scattered": "scattered",
     "scatter": "batch",
     "Exchange": "exchange",
+    "causal_conv": "halo",
     "context_attention": "attention",
+    "dynamic_conv": "halo",
     "from_slots": "reshuffle",
+    "gated_delta": "recurrence",
+    "lane_specs": "rows",
     "own": "exchange",
     "plan_specs": "exchange",
     "shares": "ulysses",
+    "ssd": "recurrence",
     "to_slots": "reshuffle",
     "ulysses_attention": "ulysses",
     "ulysses_plan": "ulysses",
@@ -67,11 +75,15 @@ __all__ = [
     "ScatterConfig",
     "Scattered",
     "Strategy",
+    "causal_conv",
     "compiled_bytes",
     "context_attention",
     "contiguous_lanes",
     "draw_lengths",
+    "dynamic_conv",
     "from_slots",
+    "gated_delta",
+    "lane_specs",
     "layout",
     "make_lanes",
     "make_plan",
@@ -80,6 +92,7 @@ __all__ = [
     "planned_bytes",
     "scatter",
     "shares",
+    "ssd",
     "to_slots",
     "ulysses_attention",
     "ulysses_plan",

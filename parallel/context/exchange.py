@@ -3,6 +3,7 @@
 Everything here runs inside ``jax.shard_map`` over the context axis, on a worker's own part of the plan (:func:`own`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -74,10 +75,7 @@ class Exchange:
         Raises:
             ValueError: the back end cannot run on the devices that the program is for.
         """
-        self._check()
-        rounds = self._rounds(plan, stage)
-        bring = {"rotate": _Rotate, "allgather": _AllGather, "ragged": _Ragged}[self.backend]
-        return jax.tree.map(bring(self, rounds, stage).fetch, tree)
+        return jax.tree.map(self._moves(plan, stage).fetch, tree)
 
     def give_back(self, home: Any, tree: Any, plan: PlanArrays, stage: int) -> Any:
         """The transpose of :func:`fetch`: gradients of what came, added where it is from.
@@ -94,22 +92,19 @@ class Exchange:
         Raises:
             ValueError: as :func:`fetch`.
         """
-        self._check()
-        rounds = self._rounds(plan, stage)
-        bring = {"rotate": _Rotate, "allgather": _AllGather, "ragged": _Ragged}[self.backend]
-        return jax.tree.map(bring(self, rounds, stage).give_back, home, tree)
+        return jax.tree.map(self._moves(plan, stage).give_back, home, tree)
 
-    def _rounds(self, plan: PlanArrays, stage: int) -> PlanArrays:
-        group = self.capacity.stage_rounds
-        names = [n for n in PlanArrays._fields if n.startswith(("send_", "receive_"))]
-        return plan._replace(**{n: getattr(plan, n)[stage * group : (stage + 1) * group] for n in names})
-
-    def _check(self) -> None:
+    def _moves(self, plan: PlanArrays, stage: int) -> "_Moves":
+        """The back end with what the plan says of a stage."""
         if self.backend == "ragged" and target().platform == "cpu":
             raise ValueError(
                 "exchange backend='ragged': must be 'rotate' or 'allgather' on CPUs, for which XLA has no ragged "
                 "all-to-all"
             )
+        group = self.capacity.stage_rounds
+        names = [n for n in PlanArrays._fields if n.startswith(("send_", "receive_"))]
+        rounds = {n: getattr(plan, n)[stage * group : (stage + 1) * group] for n in names}
+        return _BACK_ENDS[self.backend](self, plan._replace(**rounds), stage)
 
 
 def _masked(x: jax.Array, there: jax.Array) -> jax.Array:
@@ -128,11 +123,23 @@ def _add(home: jax.Array, slot: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class _Rotate:
+class _Moves(ABC):
+    """One stage of an exchange, of one leaf at a time; ``rounds`` are the plan's arrays of its rounds."""
+
     exchange: Exchange
     rounds: PlanArrays
     stage: int
 
+    @abstractmethod
+    def fetch(self, x: jax.Array) -> jax.Array:
+        """As :meth:`Exchange.fetch`, of one array."""
+
+    @abstractmethod
+    def give_back(self, home: jax.Array, x: jax.Array) -> jax.Array:
+        """As :meth:`Exchange.give_back`, of one array."""
+
+
+class _Rotate(_Moves):
     def _groups(self) -> Iterator[tuple[int, slice]]:
         """Each shift of the stage and its rounds, 0 where none is due."""
         capacity = self.exchange.capacity
@@ -162,12 +169,7 @@ class _Rotate:
         return home
 
 
-@dataclass(frozen=True)
-class _AllGather:
-    exchange: Exchange
-    rounds: PlanArrays
-    stage: int
-
+class _AllGather(_Moves):
     def fetch(self, x: jax.Array) -> jax.Array:
         everything = lax.all_gather(x, self.exchange.axis_name)
         sender, slot = self.rounds.receive_from, self.rounds.receive_slot
@@ -181,13 +183,8 @@ class _AllGather:
         return home + lax.psum_scatter(everything, self.exchange.axis_name, tiled=True)
 
 
-@dataclass(frozen=True)
-class _Ragged:
+class _Ragged(_Moves):
     """One ragged all-to-all a stage, its rows blocks, sorted by the worker at the other end, then by round."""
-
-    exchange: Exchange
-    rounds: PlanArrays
-    stage: int
 
     def _sorted(self, other: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rounds in the order of the other end, those without one last; how many blocks it has, and the first."""
@@ -228,3 +225,6 @@ class _Ragged:
         plan = self.rounds
         moved, back = self._move(x, plan.receive_from, plan.receive_row, plan.send_to)
         return _add(home, plan.send_slot[back], moved)
+
+
+_BACK_ENDS: dict[str, type[_Moves]] = {"rotate": _Rotate, "allgather": _AllGather, "ragged": _Ragged}

@@ -6,7 +6,6 @@ device: (S + L) (k - 1) D numbers, whatever the plan.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -42,16 +41,24 @@ def halo(x: Float[Array, "S T D"], lanes: Lanes, axis: Axis, reach: int) -> Floa
     return from_shares(found, axis).reshape(-1, reach, workers * parts.shape[2])[..., :channels]
 
 
-def _with_halo(op: Callable[..., tuple[Array, Any]], x: Array, reach: int, lanes: Lanes, axis: Axis) -> Array:
+def _with_halo(
+    op: Callable[..., tuple[Array, Any]],
+    x: Array,
+    parameters: tuple[Array | None, ...],
+    reach: int,
+    lanes: Lanes,
+    axis: Axis,
+    options: dict[str, Any],
+) -> Array:
     """``op`` on lanes that begin with the inputs before them, as tokens of their first block."""
-    if not reach:
-        check_lanes(lanes, axis, x.shape)
-        return from_lanes(op(to_lanes(x, lanes), segment_ids=jnp.asarray(lanes.segment_ids[0]))[0], lanes)
-    before = halo(x, lanes, axis, reach)
-    rows = jnp.concatenate([before, to_lanes(x, lanes)], axis=1)
-    own = jnp.asarray(lanes.halo)[jax.lax.axis_index(axis)]
-    known = (own[:, own.shape[1] - reach :] >= 0).astype(jnp.int32)
-    y, _ = op(rows, segment_ids=jnp.concatenate([known, jnp.asarray(lanes.segment_ids[0])], axis=1))
+    check_lanes(lanes, axis, x.shape)
+    rows, ids = to_lanes(x, lanes), jnp.asarray(lanes.segment_ids[0])
+    if reach:
+        rows = jnp.concatenate([halo(x, lanes, axis, reach), rows], axis=1)
+        own = jnp.asarray(lanes.halo)[jax.lax.axis_index(axis)]
+        ids = jnp.concatenate([(own[:, own.shape[1] - reach :] >= 0).astype(jnp.int32), ids], axis=1)
+    # The op's other arguments are not the caller's.
+    y, _ = op(rows, *parameters, segment_ids=ids, initial_state=None, num_segments=None, **options)
     return from_lanes(y[:, reach:], lanes)
 
 
@@ -62,8 +69,7 @@ def causal_conv(
     *,
     lanes: Lanes,
     axis: Axis,
-    activation: str | None = "silu",
-    implementation: str = "auto",
+    **options: Any,
 ) -> Float[Array, "S T D"]:
     """:func:`pallas_kernels.causal_conv.causal_conv` of the documents that a plan has scattered.
 
@@ -73,8 +79,7 @@ def causal_conv(
         bias: added before the activation.
         lanes: of the plan, sharded by :func:`parallel.context.rows.lane_specs`.
         axis: the mesh axis, or axes, of the workers.
-        activation: as the op's.
-        implementation: as the op's.
+        options: ``activation`` and ``implementation``, as the op takes them.
 
     Returns:
         y in the dtype of x; finite on padding, otherwise unspecified there.
@@ -82,10 +87,7 @@ def causal_conv(
     Raises:
         ValueError: as the op and :func:`halo`.
     """
-
-    options = {"activation": activation, "implementation": implementation}
-    op = partial(static_op.causal_conv, weight=weight, bias=bias, **options)
-    return _with_halo(op, x, weight.shape[0] - 1, lanes, axis)
+    return _with_halo(static_op.causal_conv, x, (weight, bias), weight.shape[0] - 1, lanes, axis, options)
 
 
 def dynamic_conv(
@@ -94,28 +96,18 @@ def dynamic_conv(
     *,
     lanes: Lanes,
     axis: Axis,
-    activation: str | None = "silu",
-    implementation: str = "auto",
+    **options: Any,
 ) -> Float[Array, "S T D"]:
     """:func:`pallas_kernels.dynamic_conv.dynamic_conv` of the documents that a plan has scattered.
 
     Args:
         x: raw inputs of a worker's S slots of T tokens.
         kernels: k taps for each token and channel, the oldest input first.
-        lanes: as of :func:`causal_conv`.
+        lanes: as of :func:`causal_conv`; so are ``axis``, ``options``, what is returned and what is raised.
         axis: likewise.
-        activation: likewise.
-        implementation: likewise.
-
-    Returns:
-        y in the dtype of x; finite on padding, otherwise unspecified there.
-
-    Raises:
-        ValueError: as the op and :func:`halo`.
+        options: likewise.
     """
     reach = kernels.shape[2] - 1
     # Only inputs stand before a lane: no output is made there, so that no taps are needed.
     taps = jnp.pad(to_lanes(kernels, lanes), ((0, 0), (reach, 0), (0, 0), (0, 0)))
-    options = {"activation": activation, "implementation": implementation}
-    op = partial(dynamic_op.dynamic_conv, kernels=taps, **options)
-    return _with_halo(op, x, reach, lanes, axis)
+    return _with_halo(dynamic_op.dynamic_conv, x, (taps,), reach, lanes, axis, options)

@@ -9,6 +9,8 @@ All functions run inside ``jax.shard_map`` over the axis of the workers, with ``
 one worker as rows. Gradients flow through everything but the lanes.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -31,9 +33,8 @@ def ssd(
     *,
     lanes: Lanes,
     axis: Axis,
-    chunk_size: int = 128,
     operand_dtype: DTypeLike | None = None,
-    implementation: str = "auto",
+    **options: Any,
 ) -> tuple[Float[Array, "S T H P"], Float[Array, "L H P N"]]:
     """:func:`pallas_kernels.ssd.ssd` of the documents that a plan has scattered.
 
@@ -46,9 +47,8 @@ def ssd(
         D: weight of the skip connection.
         lanes: of the plan, sharded by :func:`parallel.context.rows.lane_specs`.
         axis: the mesh axis, or axes, of the workers.
-        chunk_size: as the op's.
         operand_dtype: as the op's.
-        implementation: as the op's.
+        options: ``chunk_size`` and ``implementation``, as the op takes them.
 
     Returns:
         y in the dtype of x (finite on padding, otherwise unspecified there), and the float32 state after the last
@@ -70,11 +70,11 @@ def ssd(
         C,
         D,
         segment_ids=ids,
+        initial_state=None,
         num_segments=1,
         open_ends=True,
-        chunk_size=chunk_size,
         operand_dtype=operand_dtype,
-        implementation=implementation,
+        **options,
     )
     assert own is not None
     own = own[:, 0].reshape(-1, H, P * N)
@@ -100,9 +100,8 @@ def gated_delta(
     *,
     lanes: Lanes,
     axis: Axis,
-    chunk_size: int = 64,
     operand_dtype: DTypeLike | None = None,
-    implementation: str = "auto",
+    **options: Any,
 ) -> tuple[Float[Array, "S T Hv dv"], Float[Array, "L Hv dk dv"]]:
     """:func:`pallas_kernels.gated_delta.gated_delta` of the documents that a plan has scattered.
 
@@ -117,18 +116,13 @@ def gated_delta(
         v: values.
         g: log decays.
         beta: strength of each write.
-        lanes: of the plan, sharded by :func:`parallel.context.rows.lane_specs`.
-        axis: the mesh axis, or axes, of the workers.
-        chunk_size: as the op's.
-        operand_dtype: as the op's.
-        implementation: as the op's.
+        lanes: as of :func:`ssd`; so are ``axis``, ``operand_dtype``, ``options`` and what is raised.
+        axis: likewise.
+        operand_dtype: likewise.
+        options: likewise.
 
     Returns:
-        o in the dtype of v (finite on padding, otherwise unspecified there), and the float32 state after the last
-        document of each lane (``lanes.ends`` says which end there).
-
-    Raises:
-        ValueError: as the op, and where rows, lanes and axis do not fit together.
+        o in the dtype of v, and the state, as of :func:`ssd`.
     """
     check_lanes(lanes, axis, q.shape)
     slots, T, _, dk = q.shape
@@ -145,10 +139,10 @@ def gated_delta(
         beta,
         segment_ids=jnp.asarray(lanes.segment_ids[0]),
         initial_state=start,
+        num_segments=None,
         open_ends=True,
-        chunk_size=chunk_size,
         operand_dtype=operand_dtype,
-        implementation=implementation,
+        **options,
     )
     assert own is not None
     matrix, state = own[:, 0, ..., :dk], own[:, 0, ..., dk:]

@@ -18,9 +18,17 @@ with install_import_hook(["parallel", "pallas_kernels"], "beartype.beartype"):
     from pallas_kernels.dynamic_conv import dynamic_conv
     from pallas_kernels.gated_delta import gated_delta
     from pallas_kernels.ssd import ssd
-    from parallel.context import STRATEGIES, PlanConfig, contiguous_lanes, halo, layout, make_plan, recurrence
-    from parallel.context.lanes import make_lanes
-    from parallel.context.rows import lane_specs
+    from parallel.context import (
+        STRATEGIES,
+        PlanConfig,
+        contiguous_lanes,
+        halo,
+        lane_specs,
+        layout,
+        make_lanes,
+        make_plan,
+        recurrence,
+    )
 
 TOKENS, DOCUMENTS = 60, 12
 H, P, G, N = 2, 3, 1, 5

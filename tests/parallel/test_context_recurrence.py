@@ -4,11 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parallel.context import (
+    PlanConfig,
+    causal_conv,
+    dynamic_conv,
+    gated_delta,
+    lane_specs,
+    make_lanes,
+    make_plan,
+    ssd,
+)
 from parallel.context.prefix import column_groups
 from tests.parallel.recurrence_worker import DK, DV, HV, D, H, N, P
 
@@ -111,3 +124,29 @@ def test_random_meshes_blocks_and_mixtures(seed):
 )
 def test_columns_are_cut_where_heads_do_not_fill_the_workers(workers, heads, keys, values, groups):
     assert column_groups(workers, heads, keys, values) == groups
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "initial_state", "num_segments"])
+def test_documents_are_the_plans_and_not_the_callers(name):
+    """Options of the op go through, but not those that say what is a document."""
+    lanes = make_lanes(make_plan([5, 9], PlanConfig(1, block=4)))
+    slots = lanes.segment_ids.shape[1] - lanes.moved.shape[1]
+    x, kernel = jnp.ones((slots, 4, 2)), jnp.ones((3, 2))
+    rates, heads = jnp.ones(2), x[..., None, :]
+    calls = (
+        lambda **given: ssd(x[..., None], x, -rates, heads, heads, **given),
+        lambda **given: gated_delta(heads, heads, heads, x[..., :1], x[..., :1], **given),
+        lambda **given: causal_conv(x, kernel, **given),
+        lambda **given: dynamic_conv(x, jnp.ones((*x.shape[:2], 3, 2)), **given),
+    )
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("context",))
+    for call in calls:
+
+        def run(lanes, call=call, **given):
+            call(lanes=lanes, axis="context", implementation="xla", **given)
+            return lanes.after
+
+        specs = {"in_specs": (lane_specs("context"),), "out_specs": jax.P(), "check_vma": False}
+        jax.eval_shape(jax.shard_map(run, mesh=mesh, **specs), lanes)
+        with pytest.raises(TypeError, match=f"multiple values for .*{name}"):
+            jax.eval_shape(jax.shard_map(partial(run, **{name: 1}), mesh=mesh, **specs), lanes)
