@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from pallas_kernels.target import Target
-from parallel.context import STRATEGIES, Exchange, own, plan_specs
+from parallel.context import STRATEGIES, Exchange, lane_specs, make_lanes, own, plan_specs
+from parallel.context.halo import halo
 from tests.parallel.eight_devices.common import AXIS, batches, packed, roomy, workers
 
 # Workers, tokens of a block, slots, rounds of a stage; and how many tokens fit.
@@ -102,6 +103,22 @@ def test_blocks_arrive_once_and_gradients_return(rounds, backend, drawn, strateg
     for name in x:
         assert (arrived[name] * y[name]).sum() == (x[name] * (back[name] - home[name])).sum()
     assert there.any() == bool(batch.plan.balance.transfers)
+
+
+def test_inputs_before_a_lane_are_those_of_its_document():
+    batch = packed([60, 3, 9, 20, 2], roomy(8, 4, 6, 12), "fcp")
+    lanes = make_lanes(batch.plan, reach=5)
+    x = np.random.default_rng(0).standard_normal((48, 4, 3)).astype(np.float32)
+    assert (lanes.halo < 0).any() and (lanes.halo >= 0).any()
+    for reach in (1, 3, 5):
+        before = partial(halo, axis=AXIS, reach=reach)
+        specs = PartitionSpec(AXIS), lane_specs(AXIS)
+        over = jax.shard_map(
+            before, mesh=workers(8), in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
+        )
+        wanted = lanes.halo[..., 5 - reach :].reshape(-1, reach)
+        expected = np.where(wanted[..., None] < 0, 0, x.reshape(-1, 3)[wanted])
+        np.testing.assert_array_equal(jax.jit(over)(x, lanes), expected)
 
 
 def test_back_ends_agree_bit_for_bit():
