@@ -92,8 +92,8 @@ def place_on(text: str) -> Placement:
 def compare(cfg: ModelConfig, meshes, settings=None, batch=None, contexts=(None,)) -> None:
     """Sums and every gradient on each mesh against one device.
 
-    To ``TOLERANCE`` of a gradient's largest entry, or to what the last bit of every parameter changes on one device where
-    that is more: the rates of the delta rule are small sums of large terms.
+    To ``TOLERANCE`` of a gradient's largest entry; the rates of the delta rule, small sums of large terms, and whatever is
+    scattered by ``contexts`` to what the last bit of every parameter changes on one device where that is more.
     """
     settings = settings or StepSettings(loss_chunk=32, balance_loss=0.1)
     params, batch = scattered(cfg), tiny_batch(8, 16, vocab=64) if batch is None else batch
@@ -104,6 +104,8 @@ def compare(cfg: ModelConfig, meshes, settings=None, batch=None, contexts=(None,
         batch = batch.replace(targets=np.concatenate([batch.targets, np.where(last < 0, -1, ahead)], axis=-1))
     whole = jax.jit(lambda p, b: gradients(cfg, p, b, settings))
     expected, sums = whole(params, batch)
+    delta = [at for at, letter in enumerate(cfg.letters) if letter in "GJ"]
+    rates = {f"layers.{at}.mixer.{rate}" for at in delta for rate in ("A_log", "dt_bias")}
     beside = [whole(nudged(params, draw), batch)[0] for draw in range(3)]
     for text, context in product(meshes, contexts):
         place = place_on(text)
@@ -121,7 +123,9 @@ def compare(cfg: ModelConfig, meshes, settings=None, batch=None, contexts=(None,
         leaves = jax.tree.leaves(expected), *(jax.tree.leaves(each) for each in beside)
         for (name, a), b, *others in zip(flatten(ours).items(), *leaves, strict=True):
             scale = float(jnp.max(jnp.abs(b)))
-            limit = max(TOLERANCE * scale, *(float(jnp.max(jnp.abs(b - other))) for other in others))
+            limit = TOLERANCE * scale
+            if context is not None or name in rates:
+                limit = max(limit, *(float(jnp.max(jnp.abs(b - other))) for other in others))
             np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=f"{name} on {text}, {context}")
             assert scale > 0 or "e_score" in name, name
         print("EQUAL", cfg.letters, text, context and context.strategy)
@@ -193,7 +197,8 @@ def check_experts() -> None:
         "one": np.full((8, 12), 13),
         "none": np.full((8, 12), 16),
     }
-    for capacity in (0.5, 2.0):
+    # Room for 1 and for 5 of 12 rows: a whole number of rounds, and one that is not full.
+    for capacity in (0.5, 3.0):
 
         @jax.jit
         def run(rows, sizes, weights, goal, capacity=capacity):
