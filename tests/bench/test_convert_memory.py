@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import render_tables
 from experiments.bench import convert_memory
+from experiments.tables import training as tables
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 
@@ -34,7 +34,7 @@ def test_the_quick_form_keeps_every_bit(tmp_path):
     data = json.loads(out.read_text())
     assert data["same_bits"] and [len(row["above_idle"]) for row in data["results"]] == [3, 3]
     assert {"inputs", "versions", "device", "command", "date"} <= data.keys()
-    assert "MiB in 10 shards" in render_tables.convert_memory(data)
+    assert "MiB in 10 shards" in tables.convert_memory(data)
 
 
 def test_the_table_is_in_mebibytes():
@@ -46,5 +46,5 @@ def test_the_table_is_in_mebibytes():
         "device": {"cpu": "cpu"},
         "versions": {"jax": "0"},
     }
-    table = render_tables.convert_memory(data)
+    table = tables.convert_memory(data)
     assert "| there | 3 | 0 | 5 |" in table and "together 384 MiB" in table

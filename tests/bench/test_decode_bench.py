@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import render_tables
 from experiments.bench import _decode_cases as cases
 from experiments.bench import _decode_peers, decode
+from experiments.tables import caches as tables
 from jaxllm import KVCache, Policy
 from jaxllm.cache.traffic import held
 
@@ -44,7 +44,7 @@ def test_the_quick_form_runs_and_resumes(tmp_path, monkeypatch):
     assert {row["policy"] for row in first["model"]} == {"dense", "quest"}
     assert first["model"][1]["selected"] < 0.1 and first["pools"]["int4_over_bfloat16"] > 3.6
     assert (tmp_path / "decode.png").stat().st_size > 1000
-    assert "quest" in render_tables.decode(first)
+    assert "quest" in tables.decode(first)
     curve = first["curves"][0]["curves"]
     assert curve["rkv"]["most_stored"] < curve["dense"]["most_stored"] == 511
     assert [text["length"] for text in curve["dense"]["texts"]] == [128, 256, 512]
@@ -77,7 +77,7 @@ def test_peers_decode_the_same_weights_or_say_why_not(monkeypatch):
     assert set(row["ms_per_token"]) == {"transformers static float32", "transformers fp8"}
     assert min(row["ms_per_token"].values()) > 0
     assert "no backend" in row["missing"]["transformers none"] and "torch" in row["versions"]
-    table = render_tables._decode_peers([row])
+    table = tables.decode_peers([row])
     assert "| transformers none | - |" in table and "Not measured: transformers none" in table
 
 

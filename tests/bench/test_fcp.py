@@ -7,7 +7,8 @@ import pytest
 
 from experiments import _fcp_stacks as stacks
 from experiments import _fcp_summary as summary
-from experiments import fcp, render_tables
+from experiments import fcp
+from experiments.tables import parallel as tables
 from jaxllm import preset
 from jaxllm.cli.model_parts import active_parameter_count
 from parallel.context.costs import Costs
@@ -112,7 +113,7 @@ def test_the_quick_form_runs_and_resumes(tmp_path, monkeypatch):
     assert len(first["claims"]) == 19 and {"fcp", "oracle", "grouping"} <= set(
         first["scale"]["both"]["log-normal"]["64"]
     )
-    table = render_tables.fcp(first)
+    table = tables.fcp(first)
     assert "| **fcp over oracle** |" in table and "comes out" in table
     # A run that was killed in the middle of a line: only that line is simulated again.
     (file,) = runs.glob("*.jsonl")

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import _fcp_aot_table, _fcp_program, render_tables
+from experiments import _fcp_aot_table, _fcp_program
 from experiments._schedule import Collective
 from experiments.bench import fcp_aot, kernels_aot
+from experiments.tables import parallel as tables
 
 TINY = next(case for _, case in fcp_aot.programs(quick=True))
 
@@ -107,7 +108,7 @@ def test_the_table_adds_up():
         "collectives": [keys, sums],
         "exchange": {"ratio": 1.25},
     }
-    text = render_tables.fcp_aot({"results": [made], "memory_bytes": 141_000_000_000})
+    text = tables.fcp_aot({"results": [made], "memory_bytes": 141_000_000_000})
     assert "| fcp | `M*E` | 2.0 | 14.1 (10%) | 8 of 10 | 25% | 1.25 |" in text
     assert "| collective-permute | keys and values | 4 | 4.0 | 3 | 75% | 25% |" in text
 

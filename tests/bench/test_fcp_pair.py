@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import render_tables
 from experiments.bench import fcp_pair
 from experiments.bench._fcp_pair import (
     TILE,
@@ -22,6 +21,7 @@ from experiments.bench._fcp_pair import (
     transfer_seconds,
     verdict,
 )
+from experiments.tables import parallel as tables
 from pallas_kernels.attention import xla
 from parallel.context import STRATEGIES
 from parallel.context.costs import AttentionShape, Costs
@@ -139,4 +139,4 @@ def test_two_processes_are_predicted_then_timed(tmp_path, monkeypatch):
         assert all(
             step["gradient_error"] < 1e-5 and step["loss_error"] < 1e-5 for step in batch["steps"].values()
         )
-    assert "ring over fcp" in render_tables.fcp_pair(report)
+    assert "ring over fcp" in tables.fcp_pair(report)

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import render_tables
 from experiments.bench import _kernels_gpu, _kernels_peers, _kernels_torch, kernels
+from experiments.tables import kernels as tables
+from experiments.tables.text import TableError
 from pallas_kernels import compat
 from pallas_kernels.attention import cases as attention_cases
 from pallas_kernels.paged_attention import cases as paged_cases
@@ -90,15 +91,15 @@ def test_the_table_beside_torch_says_where_we_lose():
     row = {"case": "a", "operands": "float32", "mode": "forward", "seconds": 2e-3, "aim": 1.5}
     rows = [row | {"torch_seconds": 2e-3 * ratio, "ratio": ratio} for ratio in (0.5, 1.2, 2.0)]
     data = {"device": "cpu", "jax": "0", "beside_torch": {"torch": "1", "threads": 2, "results": rows}}
-    lines = render_tables.kernels_torch(data).splitlines()
+    lines = tables.kernels_torch(data).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:5]] == [
         "we lose",
         "below the aim",
         "meets the aim",
     ]
     assert "torch 1, 2 threads each" in lines[-1]
-    with pytest.raises(render_tables.TableError, match="not there"):
-        render_tables.kernels_torch({"beside_torch": {"missing": "not there", "results": []}})
+    with pytest.raises(TableError, match="not there"):
+        tables.kernels_torch({"beside_torch": {"missing": "not there", "results": []}})
 
 
 def test_without_torch_the_rest_is_measured(monkeypatch, capsys):

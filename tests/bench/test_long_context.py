@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import jaxllm
-from experiments import _long_context_steps, long_context, render_tables
+from experiments import _long_context_steps, long_context
 from experiments import _long_context_verdicts as judge
 from experiments import _retrieval_model as built
 from experiments._long_context_cases import policies, variants
 from experiments._long_context_data import Job
 from experiments._long_context_verdicts import Figures
+from experiments.tables import caches as tables
 from jaxllm import H2O, KVCache, Policy
 from tests.bench.retrieval import CHOSEN, LAYERS, LENGTH, chosen, reader, sample
 
@@ -228,7 +229,7 @@ def test_the_quick_form_runs_and_resumes(tmp_path, monkeypatch):
     (file,) = runs.glob("*.jsonl")
     lines = file.read_text().splitlines()
     assert first["missing"] == 0 and first["planned"] == len(lines)
-    table = render_tables.long_context(json.loads(out.read_text()))
+    table = tables.long_context(json.loads(out.read_text()))
     assert "| recall, 512 | dense |" in table and judge.NOT_MEASURED in table
     # A run that was killed in the middle of a line.
     file.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import render_tables
 from experiments.bench import moe
+from experiments.tables import kernels as tables
 
 
 @pytest.mark.slow
@@ -18,4 +18,4 @@ def test_contenders_agree_and_are_timed(monkeypatch):
 def test_the_table_has_a_dash_where_a_contender_did_not_run():
     row = {"tokens": 1, "experts": 64, "top_k": 4, "mode": "forward", "seconds": {"jaxllm": 0.0015}}
     data = {"device": "cpu", "cores": 2, "jax": "0", "width": 8, "expert_width": 8, "results": [row]}
-    assert "| 1 | 64 | forward | 1.50 | - | - | - | - |" in render_tables.moe(data)
+    assert "| 1 | 64 | forward | 1.50 | - | - | - | - |" in tables.moe(data)

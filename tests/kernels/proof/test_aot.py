@@ -7,8 +7,8 @@ import os
 import jax.numpy as jnp
 import pytest
 
-from experiments import render_tables
 from experiments.bench import kernels_aot
+from experiments.tables import kernels as tables
 from pallas_kernels.proof.aot import Compilation, Job, compile_jobs
 from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
 from tests.kernels.proof import scaled
@@ -67,10 +67,10 @@ def test_the_table_shows_two_figures_where_versions_differ():
         return kernels_aot.row(done, scaled.CASES[0])
 
     data = {"target": "sm_90a", "missing": {"0.12.0": "no Python 3.13 here"}}
-    text = render_tables.kernels_aot({**data, "results": [result("0.10.2", 168), result("0.11.2", 160)]})
+    text = tables.kernels_aot({**data, "results": [result("0.10.2", 168), result("0.11.2", 160)]})
     assert "| attention | 8B | mosaic_gpu | forward | 168 / 160 | 0 | 2 | 4 | 2 |" in text
     assert "jax 0.12.0 was left out: no Python 3.13 here." in text
-    text = render_tables.kernels_aot({**data, "results": [result("0.10.2", 1, "boom")]})
+    text = tables.kernels_aot({**data, "results": [result("0.10.2", 1, "boom")]})
     assert "does not compile" in text
 
 

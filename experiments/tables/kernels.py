@@ -1,0 +1,124 @@
+"""Tables of single ops and of the experts."""
+
+from typing import Any
+
+from experiments import _op_table
+from experiments.tables.text import TableError, markdown, number
+
+
+def kernels(data: dict[str, Any]) -> str:
+    """What bench/kernels.py wrote."""
+    names = ("forward_tokens_per_s", "forward_backward_tokens_per_s", "forward_bound_tokens_per_s")
+    lines = [(r["case"], r["operands"], *(number(r[name], 0) for name in names)) for r in data["results"]]
+    header = ("case", "operands", "forward tokens/s", "forward and backward", "matmul bound of forward")
+    return f"{markdown(header, lines, right=[2, 3, 4])}\nMeasured on: {data['device']}, JAX {data['jax']}.\n"
+
+
+def kernels_torch(data: dict[str, Any]) -> str:
+    """The part of bench/kernels.py that ran beside torch, losses included."""
+    beside = data["beside_torch"]
+    if "missing" in beside:
+        raise TableError(f"nothing ran beside torch: {beside['missing']}")
+
+    def verdict(ratio: float, aim: float) -> str:
+        return "we lose" if ratio < 1 else "below the aim" if ratio < aim else "meets the aim"
+
+    lines = [
+        (
+            r["case"],
+            r["operands"],
+            r["mode"],
+            *(number(1e3 * r[name], 3) for name in ("seconds", "torch_seconds")),
+            number(r["ratio"], 2),
+            verdict(r["ratio"], r["aim"]),
+        )
+        for r in beside["results"]
+    ]
+    header = (
+        "case",
+        "operands",
+        "pass",
+        "ms",
+        "torch, ms",
+        "torch / ours",
+        f"aim {beside['results'][0]['aim']}",
+    )
+    where = (
+        f"{data['device']}, JAX {data['jax']} and torch {beside['torch']}, {beside['threads']} threads each"
+    )
+    return f"{markdown(header, lines, right=[3, 4, 5])}\nMeasured turn by turn on: {where}.\n"
+
+
+def moe(data: dict[str, Any]) -> str:
+    """What bench/moe.py wrote: milliseconds, and this library's time against the others'."""
+    names = ("jaxllm", "ragged_dot", "dense", "transformers", "ideal")
+    lines = [
+        (
+            number(r["tokens"], 0),
+            number(r["experts"], 0),
+            r["mode"],
+            *(number(None if n not in r["seconds"] else r["seconds"][n] * 1e3, 2) for n in names),
+        )
+        for r in data["results"]
+    ]
+    header = (
+        "tokens",
+        "experts",
+        "pass",
+        "jaxllm",
+        "`lax.ragged_dot`",
+        "every expert",
+        "transformers",
+        "one product",
+    )
+    shape = f"width {data['width']}, experts of {data['expert_width']}, top {data['results'][0]['top_k']}, float32"
+    where = f"{data['device']}, {data['cores']} cores, JAX {data['jax']}; medians of interleaved runs"
+    return f"{markdown(header, lines, right=[0, 1, *range(3, 8)])}\nMilliseconds; {shape}. Measured on: {where}.\n"
+
+
+def kernels_aot(data: dict[str, Any]) -> str:
+    """What bench/kernels_aot.py wrote: one line per kernel, a figure per version of JAX."""
+    versions = list(dict.fromkeys(r["jax"] for r in data["results"]))
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for result in data["results"]:
+        key = (result["op"], result["case"], result["implementation"])
+        seen: dict[str, int] = {}
+        if result["error"] is not None:
+            found.setdefault((*key, "does not compile", "0"), {})[result["jax"]] = None
+        for kernel in result["kernels"]:
+            # A program may hold the same kernel twice, for forward and backward.
+            index = seen[kernel["name"]] = seen.get(kernel["name"], -1) + 1
+            found.setdefault((*key, kernel["name"], str(index)), {})[result["jax"]] = kernel
+
+    def each(figures: dict[str, Any], name: str, unit: int = 1) -> str:
+        values = [figures[v] and figures[v][name] for v in versions if v in figures]
+        return " / ".join("-" if v is None else f"{v / unit:,.0f}" for v in dict.fromkeys(values))
+
+    lines = [
+        (
+            *key[:4],
+            each(figures, "registers"),
+            each(figures, "spill_bytes"),
+            each(figures, "shared_bytes", 1024),
+            each(figures, "wgmma"),
+            each(figures, "tma"),
+        )
+        for key, figures in found.items()
+    ]
+    header = ("op", "case", "through", "kernel", "registers", "bytes spilled", "shared KiB", "WGMMA", "TMA")
+    absent = "".join(f" jax {version} was left out: {why}." for version, why in data["missing"].items())
+    where = f"{data['target']}; jax {' and '.join(versions)}, two figures where they differ"
+    return f"{markdown(header, lines, right=range(4, 9))}\nCompiled for {where}.{absent}\n"
+
+
+def kernel_ops(data: dict[str, Any]) -> str:
+    """Every op of pallas_kernels and its kernels, with what bench/kernels_aot.py wrote of them."""
+    header = (
+        "op",
+        "what it is",
+        "through",
+        "beside the kernel XLA does",
+        "compiled for sm_90a",
+        "verified on",
+    )
+    return markdown(header, _op_table.rows(data))
