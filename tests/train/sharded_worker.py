@@ -390,30 +390,5 @@ def check_context_training() -> None:
     print("SHARED", programs)
 
 
-class LongDocuments(TinyLoader):
-    """Rows of documents of very different lengths, other ones in every batch."""
-
-    def __next__(self):
-        batch = long_batch(self.rows, self.length, 61, seed=self.step)
-        self.step += 1
-        return batch
-
-
-def check_context_programs() -> None:
-    """Thirty batches of random documents, and how often the step was compiled for them."""
-    compiled, settings = [], ContextSettings(block=8, stage_rounds=4)
-    made = TrainSettings(
-        steps=30,
-        mesh=MeshShape(context=8),
-        context=settings,
-        step=StepSettings(loss_chunk=64),
-        save_seconds=None,
-    )
-    watch = [lambda event: compiled.extend([event.seconds] if isinstance(event, CompileEvent) else [])]
-    fit(tiny_config("M*"), constant_lr(), LongDocuments(8, 128), made, callbacks=watch)
-    assert len(compiled) <= 3, compiled
-    print("SELDOM", len(compiled))
-
-
 assert jax.device_count() == 8
 globals()[f"check_{sys.argv[1]}"](*sys.argv[2:])

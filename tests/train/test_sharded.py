@@ -103,11 +103,6 @@ def test_balance_over_a_batch_that_shares_documents():
 
 
 @pytest.mark.slow
-def test_a_run_that_shares_documents_seldom_compiles():
-    assert "SELDOM" in worker("context_programs")
-
-
-@pytest.mark.slow
 def test_documents_on_products_of_axes():
     meshes = "data=2,context=2,tensor=2", "context=4,expert=2"
     assert worker("context", "M*GE", "fcp", *meshes).count("EQUAL") == 2
