@@ -37,7 +37,12 @@ def programs(data: dict[str, Any]) -> list[tuple[str, ...]]:
         name = case["name"] + (f", jax {each['jax']}" if len(versions) > 1 else "")
         if each["error"] is not None:
             lines.append(
-                (name, case["pattern"], f"does not compile: {each['error'].splitlines()[0]}", *[""] * 4)
+                (
+                    name,
+                    f"`{case['pattern']}`",
+                    f"does not compile: {each['error'].splitlines()[0]}",
+                    *[""] * 4,
+                )
             )
             continue
         memory, rows = each["memory"], each["collectives"]

@@ -35,7 +35,9 @@ def purpose(one: Collective) -> str:
     Raises:
         ValueError: nobody knows; every collective of a step must be accounted for.
     """
-    for name in one.origin:
+    # Nothing else is exchanged so, and XLA does not keep where it is from.
+    origin = ("context_attention",) if one.kind == "ragged-all-to-all" else one.origin
+    for name in origin:
         if name == "context_attention":
             found = set(_FLOATS.findall(one.shape))
             return KEYS if found == {"bf16"} else GRADIENTS if found == {"f32"} else BOTH

@@ -45,7 +45,6 @@ def programs(quick: bool) -> list[tuple[str, Case]]:
     first, second = VERSIONS
     # State, gradients and work of one repeat of the model's motif fit GPUs that share nothing but documents.
     whole = Case("fcp, rotations, one repeat", {"context": 8}, pattern="MEMEM*E", options=MORE)
-    few = replace(whole, pattern="M*E")
     # Of the exchange alone.
     one = replace(whole, name="fcp, rotations", pattern="*")
     found = [
@@ -56,7 +55,6 @@ def programs(quick: bool) -> list[tuple[str, Case]]:
         (first, replace(one, name="ring, rotations", strategy="ring")),
         (first, replace(one, name="ulysses", strategy="ulysses")),
         (second, one),
-        (first, replace(few, name="fcp over 4, 2 shares of parameters", mesh={"fsdp": 2, "context": 4})),
     ]
     if not quick:
         return found
