@@ -98,6 +98,23 @@ def expect(model: Any, tokens: np.ndarray, prefix: int = 19, new_tokens: int = N
     return Expected(tokens, full, np.array(greedy), np.array(gaps, np.float32), np.stack(cached, 1), prefix)
 
 
+def corrects(model: Any, expected: Expected) -> bool:
+    """The correction biases decide an expert of some token, or there are none: with few experts chance may leave none."""
+    import torch
+
+    biases = [bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    if not biases:
+        return True
+    kept = [bias.clone() for bias in biases]
+    with torch.no_grad():
+        for bias in biases:
+            bias.zero_()
+        without = model(torch.as_tensor(expected.tokens), use_cache=False).logits.float().numpy()
+        for bias, value in zip(biases, kept, strict=True):
+            bias.copy_(value)
+    return bool(np.abs(without - expected.logits).max() > 0.01 * expected.logits.std())
+
+
 def expect_case(name: str, seed: int = 0) -> tuple[Any, Expected]:
     """(transformers model, what it computes) of a case."""
     model = build(CASES[name], seed)
