@@ -79,6 +79,21 @@ class Capacity:
         more["stages"] = max(more["stages"], -(-sum(more["shifts"]) // self.stage_rounds))
         return replace(self, **more)
 
+    def beyond(self, outgrown: "Capacity") -> "Capacity":
+        """With a margin where this one holds more: what was outgrown once soon is again. Slots get none."""
+
+        def more(new: int, old: int) -> int:
+            return new + -(-new // 2) if new > old else new
+
+        shifts = tuple(map(more, self.shifts, outgrown.shifts))
+        return replace(
+            self,
+            pieces=more(self.pieces, outgrown.pieces),
+            stages=max(more(self.stages, outgrown.stages), -(-sum(shifts) // self.stage_rounds)),
+            work=more(self.work, outgrown.work),
+            shifts=shifts,
+        )
+
     def rounded(self, sharing: int = 1) -> "Capacity":
         """One of few capacities, which holds what this one does: other batches seldom outgrow it.
 

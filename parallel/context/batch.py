@@ -213,6 +213,8 @@ def _planned(
     plans = _each(lambda part: planned(part, capacity), parts)
     common = reduce(Capacity.enlarged, (plan.capacity for group in plans for plan in group))
     if common != capacity:
+        if capacity is not None:
+            common = common.beyond(capacity)
         common = common.rounded(config.workers if config.strategy == "ulysses" else 1)
     fitting = _each(
         lambda part, plan: plan if plan.capacity == common else planned(part, common), parts, plans
@@ -225,7 +227,8 @@ def _lanes(plans: list[list[Plan]], reach: int, extra: int) -> tuple[Lanes, int]
     made = _each(lambda plan: make_lanes(plan, reach=reach, extra=extra), plans)
     most = max(lanes.moved.shape[1] for group in made for lanes in group)
     if most > extra:
-        most = rounded(most, 2)
+        # What is outgrown gets half as much again: the next batches would soon outgrow what just holds this one.
+        most = rounded(most + -(-most // 2), 2)
     fitting = _each(
         lambda plan, lanes: (
             lanes if lanes.moved.shape[1] == most else make_lanes(plan, reach=reach, extra=most)

@@ -13,7 +13,7 @@ from parallel.context import SCATTER_STRATEGIES, Capacity, Placed, Room, Scatter
 from parallel.mesh import ROWS, SLOTS, MeshShape, place_whole
 
 # Batches that a run begins with room for.
-FORESEEN = 8
+FORESEEN = 16
 
 
 @dataclass(frozen=True)
