@@ -98,21 +98,29 @@ def expect(model: Any, tokens: np.ndarray, prefix: int = 19, new_tokens: int = N
     return Expected(tokens, full, np.array(greedy), np.array(gaps, np.float32), np.stack(cached, 1), prefix)
 
 
-def corrects(model: Any, expected: Expected) -> bool:
-    """The correction biases decide an expert of some token, or there are none: with few experts chance may leave none."""
+def routes(model: Any, expected: Expected) -> bool:
+    """Correction biases and groups decide an expert of some token, where there are any: by chance they may decide none."""
     import torch
 
-    biases = [bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    if not biases:
-        return True
-    kept = [bias.clone() for bias in biases]
-    with torch.no_grad():
-        for bias in biases:
+    def moved() -> bool:
+        with torch.no_grad():
+            logits = model(torch.as_tensor(expected.tokens), use_cache=False).logits.float().numpy()
+        return bool(np.abs(logits - expected.logits).max() > 0.01 * expected.logits.std())
+
+    found = []
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            kept = bias.clone()
             bias.zero_()
-        without = model(torch.as_tensor(expected.tokens), use_cache=False).logits.float().numpy()
-        for bias, value in zip(biases, kept, strict=True):
-            bias.copy_(value)
-    return bool(np.abs(without - expected.logits).max() > 0.01 * expected.logits.std())
+            found.append(moved())
+            bias.copy_(kept)
+    for module in model.modules():
+        if getattr(module, "num_group", 1) > 1:
+            groups = module.num_group, module.topk_group
+            module.num_group = module.topk_group = 1
+            found.append(moved())
+            module.num_group, module.topk_group = groups
+    return all(found)
 
 
 def expect_case(name: str, seed: int = 0) -> tuple[Any, Expected]:

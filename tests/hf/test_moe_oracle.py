@@ -87,14 +87,14 @@ def agrees(config: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     Returns:
         The worst error in standard deviations of the logits, greedy tokens at near ties, planted errors, all noticed.
     """
-    from hf_oracle import build, corrects, expect
+    from hf_oracle import build, expect, routes
 
     print(config)
     for attempt in range(seed, seed + 20):
         theirs = build(config, attempt)
         expected = expect(theirs, prompt(attempt))
         varied = len(set(expected.greedy.tolist())) >= DISTINCT and expected.logits.std() >= 1
-        if varied and corrects(theirs, expected):
+        if varied and routes(theirs, expected):
             break
     theirs.save_pretrained(folder / "theirs")
     model = hf.load(folder / "theirs")
