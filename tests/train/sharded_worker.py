@@ -390,5 +390,6 @@ def check_context_training() -> None:
     print("SHARED", programs)
 
 
-assert jax.device_count() == 8
-globals()[f"check_{sys.argv[1]}"](*sys.argv[2:])
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    globals()[f"check_{sys.argv[1]}"](*sys.argv[2:])

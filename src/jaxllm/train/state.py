@@ -50,10 +50,12 @@ class TrainPlan:
     Attributes:
         lr: f32[]; learning rate; None: that of the schedule at the state's step.
         scattered: :class:`parallel.context.scattered.Scattered` of a batch that devices along ``context`` share.
+        failover: :class:`jaxllm.train.failover.FailoverPlan` of a step with fewer workers than the batch has shards.
     """
 
     lr: Leaf = None
     scattered: Leaf = None
+    failover: Leaf = None
 
 
 def master_config(cfg: ModelConfig) -> ModelConfig:

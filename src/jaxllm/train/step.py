@@ -1,5 +1,6 @@
 """One training step: a pure function of (state, batch, plan), compiled once, its state donated."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,9 @@ from parallel.context.scattered import Scattered
 from parallel.mesh import ROWS, SLOTS
 from parallel.order import there
 from parallel.sharding import Placement
+
+# (params, batch, rng, plan) -> (gradients of the summed objective, sums, what ``apply_gradients`` calls ``behind``).
+Differentiate = Callable[[Params, PackedBatch, Any, TrainPlan], tuple[Params, LossSums, Params | None]]
 
 
 @dataclass(frozen=True)
@@ -307,10 +311,27 @@ def apply_gradients(
     sums: LossSums,
     lr: Any,
     z_loss: float = 0.0,
+    behind: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Mean, clip, update; with a loss or gradient that is not finite, parameters and moments stay as they are."""
-    weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+    """Mean, clip, update; with a loss or gradient that is not finite, parameters and moments stay as they are.
+
+    Args:
+        optim: optimiser.
+        state: before the update.
+        grads: of the summed objective.
+        sums: of the batch.
+        lr: learning rate.
+        z_loss: its weight, for the metrics.
+        behind: f32[] for each parameter, the summed weight of the tokens that its gradient is of: gradients may be of
+            different parts of the batch. Parameters of which it is 0 stay as they are, and their moments too. None:
+            ``sums.weight`` for all.
+    """
+    least = jnp.finfo(jnp.float32).tiny
+    weight = jnp.maximum(sums.weight, least)
     loss = sums.nats / weight
+    if behind is not None:
+        # Relative to all tokens, so that one factor is the mean of all.
+        grads = jax.tree.map(lambda g, w: g * (weight / jnp.maximum(w, least)), grads, behind)
     norm = optax.tree.norm(grads) / weight
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # One factor does the mean and the clipping, so that the gradient is read once more and not written.
@@ -319,6 +340,11 @@ def apply_gradients(
     seen = balance.trained(state.params)
     updates, opt_state = make_optimizer(optim).update(balance.trained(grads), state.opt_state, seen)
     params = balance.updated(state.params, updates, lr)
+    if behind is not None:
+        params = jax.tree.map(_moved, params, state.params, behind)
+        opt_state = optax.tree_utils.tree_map_params(
+            make_optimizer(optim), _moved, opt_state, state.opt_state, balance.trained(behind)
+        )
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -347,6 +373,10 @@ def apply_gradients(
     return state, metrics
 
 
+def _moved(new: Any, old: Any, weight: Any) -> Any:
+    return jnp.where(weight > 0, new, old)
+
+
 def scored_tokens(batch: PackedBatch, once: Any = True) -> jax.Array:
     """i32[]; positions that have a target and a weight, counted once ``once`` is known."""
     scored = (batch.targets[..., 0] >= 0) & once
@@ -362,6 +392,7 @@ def make_train_step(
     *,
     place: Placement | None = None,
     donate: bool = True,
+    differentiate: Differentiate | None = None,
 ) -> Any:
     """The compiled step ``(state, batch, plan) -> (state, Metrics)``; it consumes (donates) ``state``.
 
@@ -372,6 +403,8 @@ def make_train_step(
         place: the devices that share the step; None: one. The state lies as
             :func:`jaxllm.train.placement.state_shardings` says, the batch as :func:`parallel.mesh.batch_sharding`.
         donate: reuse the memory of ``state``; False keeps it (for jax_debug_nans, which runs a step twice).
+        differentiate: takes the gradients instead of :func:`gradients`, and gives ``behind`` of
+            :func:`apply_gradients` with them (:mod:`jaxllm.train.failover`).
 
     Returns:
         A jitted function. Without ``plan.lr`` the learning rate is that of the schedule at ``state.step``; a clock may
@@ -385,8 +418,12 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         plan = plan or TrainPlan()
         lr = learning_rate(optim, state.step) if plan.lr is None else jnp.asarray(plan.lr, jnp.float32)
-        grads, sums = gradients(cfg, state.params, batch, settings, rng, place, plan.scattered)
-        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss)
+        if differentiate is None:
+            grads, sums = gradients(cfg, state.params, batch, settings, rng, place, plan.scattered)
+            behind = None
+        else:
+            grads, sums, behind = differentiate(state.params, batch, rng, plan)
+        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss, behind)
         tokens = scored_tokens(batch, True if place is None else there(metrics.grad_norm))
         if sums.routing is not None and settings.bias_rate > 0:
             rate = jnp.where(metrics.consecutive_skips > 0, 0.0, settings.bias_rate)
