@@ -41,7 +41,7 @@ class MeshShape:
         for axis in fields(self):
             size = getattr(self, axis.name)
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"mesh {axis.name}={size!r}: must be an integer of at least 1")
+                raise ValueError(f"mesh.{axis.name}={size!r}: must be an integer of at least 1")
 
     @property
     def sizes(self) -> tuple[int, ...]:

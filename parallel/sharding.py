@@ -32,6 +32,8 @@ TABLE: Mapping[str, tuple[str, ...]] = {
     "rows": SLOTS,
     # A matrix of each expert.
     "experts": ("expert",),
+    # Layers that repeat, stacked.
+    "layers": ("stage",),
     # What one layer's matrices are cut along, whole heads or groups at a time.
     "vocab": ("tensor",),
     "mlp": ("tensor",),
@@ -146,6 +148,8 @@ class Placement:
 
         outer = [axis[0][0][0] if len(axis) == 1 else "" for axis in axes]
         skip = outer[:1] == ["layers"]
+        if skip:
+            take(0, TABLE["layers"])
         # Only a stack of matrices belongs to its experts; the router's scores are everybody's.
         if len(axes) >= skip + 3 and outer[skip] == "experts":
             take(skip, TABLE["experts"])
@@ -243,6 +247,11 @@ class Placement:
     def sum_rows(self, x: Any) -> Any:
         """Sums over the devices that see other tokens."""
         return jax.lax.psum(x, self.rows) if self.rows else x
+
+    def sum_tokens(self, x: Any) -> Any:
+        """Sums over the devices that see other tokens, or score other tokens of the same rows: those along ``stage``."""
+        axes = (*self.rows, *self._wide(("stage",)))
+        return jax.lax.psum(x, axes) if axes else x
 
     def sum_tensor(self, x: Any) -> Any:
         """Sums over the devices that share a layer's matrices."""

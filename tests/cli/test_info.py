@@ -118,8 +118,8 @@ def test_folders_work_as_well(cli, tmp_path):
         (["small", "--train", "--batch", "4", "--devices", "3"], ["--batch", "4", "multiple"]),
         (["small", "--train", "--devices", "4", "--mesh", "fsdp=2"], ["--mesh", "fsdp=2", "4"]),
         (
-            ["small", "--train", "--mesh", "stage=2"],
-            ["--mesh", "stage=2", "data, fsdp, context, tensor, expert"],
+            ["small", "--train", "--mesh", "stages=2"],
+            ["--mesh", "stages=2", "data, fsdp, context, tensor, expert, stage"],
         ),
         (["small", "--train", "--mesh", "expert=2"], ["mesh.expert=2", "no experts"]),
     ],

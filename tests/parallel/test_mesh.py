@@ -32,7 +32,7 @@ def test_product_and_devices_must_agree():
 
 
 def test_sizes_are_positive_integers():
-    with pytest.raises(ValueError, match="mesh fsdp=0"):
+    with pytest.raises(ValueError, match=r"mesh\.fsdp=0"):
         MeshShape(fsdp=0)
     assert MeshShape(data=2, fsdp=3, stage=2).size == 12
 

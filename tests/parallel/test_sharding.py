@@ -3,7 +3,15 @@
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.config import AttentionConfig, ConfigError, MambaConfig, MLPConfig, ModelConfig, MoEConfig
+from jaxllm.config import (
+    AttentionConfig,
+    ConfigError,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+)
 from jaxllm.train.placement import check_mesh, param_specs
 from parallel.mesh import MeshShape, abstract_mesh
 from parallel.sharding import Placement, ShardingError
@@ -64,13 +72,39 @@ def test_stacked_layers_keep_their_axis_whole():
         ({"tensor": 3}, "mesh.tensor=3: must divide vocab_size=64"),
         ({"tensor": 16}, "mesh.tensor=16: must divide attention.num_heads=8"),
         ({"expert": 3}, "mesh.expert=3: must divide moe.num_experts=8"),
-        ({"stage": 2}, "mesh.stage=2"),
+        ({"stage": 2}, "mesh.stage=2: needs stacked layers"),
     ],
 )
 def test_what_does_not_fit_is_named_with_its_numbers(sizes, words):
     with pytest.raises(ConfigError) as error:
         check_mesh(CFG, MeshShape(**sizes))
     assert words in str(error.value)
+
+
+STACKED = CFG.replace(pattern="M-E" * 4, scan_layers=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "words"),
+    [
+        ({}, {"stage": 3}, "pattern='M-EM-EM-EM-E' is 4 x 'M-E', which must be one motif"),
+        ({"pattern": "M-M-E"}, {"stage": 2}, "pattern='M-M-E' is 2 x 'M-' + 1 x 'E'"),
+        ({"mtp": MTPConfig(pattern="E")}, {"stage": 2}, "mesh.stage=2: does not train prediction blocks"),
+        ({}, {"stage": 2, "expert": 2}, "mesh.expert=2: must be 1 beside mesh.stage=2"),
+        ({}, {"stage": 2, "context": 2}, "mesh.context=2: must be 1 beside mesh.stage=2"),
+    ],
+)
+def test_stages_that_cannot_be_are_named(changes, sizes, words):
+    with pytest.raises(ConfigError) as error:
+        check_mesh(STACKED.replace(**changes), MeshShape(**sizes))
+    assert words in str(error.value)
+
+
+def test_stages_share_the_layers():
+    found = specs(STACKED, stage=4, fsdp=2)
+    assert found["groups.0.blocks.1.mixer.up_proj.weight"] == P("stage", "fsdp", None)
+    assert found["groups.0.blocks.0.norm.weight"] == P("stage", None)
+    assert found["embed.weight"] == P(None, "fsdp")
 
 
 def test_an_axis_without_use_is_refused():

@@ -25,13 +25,15 @@ from jaxllm.config import (
     RopeConfig,
 )
 from jaxllm.model.functional import flatten, init_params, map_named
+from jaxllm.model.scan import groups_of
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.context import ContextSettings, Scatterer
 from jaxllm.train.events import CompileEvent, StepEvent
+from jaxllm.train.memory import estimate_training_memory
 from jaxllm.train.placement import check_mesh, state_shardings
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.state import abstract_state, init_state
-from jaxllm.train.step import StepSettings, gradients, make_train_step
+from jaxllm.train.step import StepSettings, gradients, make_eval_step, make_train_step
 from jaxllm.train.trainer import fit
 from pallas_kernels.grouped_matmul import grouped_matmul
 from parallel.experts import through_experts
@@ -184,6 +186,60 @@ def check_options(*meshes: str) -> None:
     mtp = model("*-", mtp=MTPConfig(pattern="*E"), tie_embeddings=True)
     compare(mtp, meshes, StepSettings(**settings, balance_scope="batch", remat="dots"))
     compare(model("*E*E", scan_layers=True), meshes, StepSettings(**settings, remat="layer", accum_steps=2))
+
+
+def check_stages(motif: str, *meshes: str) -> None:
+    """Layers in a pipeline, one microbatch and two, rows whose length the stages do not divide."""
+    cases = (
+        StepSettings(loss_chunk=32, balance_loss=0.1, remat="layer"),
+        StepSettings(loss_chunk=32, balance_loss=0.1, balance_scope="batch", z_loss=0.01, accum_steps=2),
+    )
+    for text in meshes:
+        cfg = model(motif * shape_of(text).stage * 2, scan_layers=True)
+        for settings in cases:
+            compare(cfg, (text,), settings, tiny_batch(8, 15, vocab=64))
+
+
+def check_stage_training() -> None:
+    """A run in stages goes as on one device, and on without them; a stage holds its layers, and no one else's come to it."""
+    cfg, optim = tiny_config("*-" * 4, scan_layers=True), constant_lr()
+    assert groups_of(cfg.pattern) == ((0, 2, 4),)
+
+    def run(shape, folder, steps):
+        seen = []
+        watch = [lambda e: seen.append(e.loss) if isinstance(e, StepEvent) else None]
+        step = StepSettings(loss_chunk=64, accum_steps=2, remat="layer")
+        settings = TrainSettings(steps=steps, mesh=shape, save_seconds=None, step=step)
+        fit(cfg, optim, TinyLoader(16), settings, callbacks=watch, folder=folder)
+        return seen
+
+    state, step, loader, expected = init_state(cfg, optim), make_train_step(cfg, optim), TinyLoader(16), []
+    for _ in range(5):
+        state, metrics = step(state, next(loader), None)
+        expected.append(float(metrics.loss))
+    with tempfile.TemporaryDirectory() as folder:
+        losses = run(MeshShape(data=2, stage=4), folder, 3) + run(MeshShape(data=2, fsdp=4), folder, 5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+    place = place_on("data=2,stage=4")
+    where, held = state_shardings(cfg, optim, place), 0
+    state = init_state(cfg, optim, 0, where)
+    for name, leaf in flatten(state.params).items():
+        held += leaf.addressable_shards[0].data.nbytes
+        assert leaf.addressable_shards[0].data.shape[0] * (4 if "groups" in name else 1) == leaf.shape[0]
+    assert held == estimate_training_memory(cfg, 8, 16, MeshShape(data=2, stage=4)).parameters
+    batch = tiny_batch(6, 16)
+    place_batch = jax.device_put(batch, batch_sharding(place.mesh))
+    text = make_train_step(cfg, optim, place=place).lower(state, place_batch, None).compile().as_text()
+    # The only thing that comes together is the gradient of the states that are dealt out for the loss.
+    assert text.count(" collective-permute(") == 2 and text.count(" all-gather(") == 1
+    # Three rows a device do not make two microbatches.
+    settings = StepSettings(accum_steps=2)
+    ours = make_eval_step(cfg, settings, place=place)(state.params, place_batch)
+    theirs = make_eval_step(cfg, settings)(init_state(cfg, optim).params, batch)
+    np.testing.assert_allclose(ours.nats, theirs.nats, rtol=1e-5)
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-6)
+    print("STAGED", held)
 
 
 def check_experts() -> None:

@@ -48,6 +48,10 @@ def test_runs_go_alike_and_checkpoints_move_between_meshes():
     assert "RESUMED" in worker("training")
 
 
+def test_a_run_in_stages_goes_as_on_one_device():
+    assert "STAGED" in worker("stage_training")
+
+
 def test_a_device_holds_its_share():
     assert worker("memory").count("SHARE") == 2
 
@@ -106,6 +110,15 @@ def test_balance_over_a_batch_that_shares_documents():
 def test_documents_on_products_of_axes():
     meshes = "data=2,context=2,tensor=2", "context=4,expert=2"
     assert worker("context", "M*GE", "fcp", *meshes).count("EQUAL") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("motif", "meshes"),
+    [("*-", ("stage=2", "data=2,stage=4")), ("ME", ("fsdp=2,stage=2", "data=2,tensor=2,stage=2"))],
+)
+def test_layers_in_stages(motif, meshes):
+    assert worker("stages", motif, *meshes).count("EQUAL") == 2 * len(meshes)
 
 
 @pytest.mark.slow

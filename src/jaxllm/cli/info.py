@@ -56,18 +56,17 @@ class Args:
     @property
     def shape(self) -> "MeshShape":
         """The devices along each axis."""
-        from jaxllm.cli.train_run import SHARED, MeshSection
-        from parallel.mesh import MeshShape
+        from parallel.mesh import AXES, MeshShape
 
         if self.mesh is None:
             return MeshShape(data=self.devices)
         sizes = {}
         for part in self.mesh.split(","):
             name, _, size = part.partition("=")
-            if name not in SHARED or not size.isdecimal() or int(size) < 1:
-                raise UserError("--mesh", self.mesh, f"AXIS=SIZE,... with the axes {', '.join(SHARED)}")
+            if name not in AXES or not size.isdecimal() or int(size) < 1:
+                raise UserError("--mesh", self.mesh, f"AXIS=SIZE,... with the axes {', '.join(AXES)}")
             sizes[name] = int(size)
-        return MeshSection(**sizes).shape
+        return MeshShape(**sizes)
 
 
 def examine(args: Args) -> dict[str, Any]:

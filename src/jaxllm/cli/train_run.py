@@ -1,7 +1,7 @@
 """The configuration of ``jaxllm train``: one dataclass, read from YAML, with a message for every mistake."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ HEADER = """\
 #   model    a preset's name, or its fields; `preset: NAME` with other fields changes those of the preset
 #   init     instead of `model`: a folder (Hugging Face's or a run's) whose weights, model and tokenizer to start from
 #   data     source: stdlib, 'texts/**/*.txt', FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME:SPLIT:COLUMN
-#   mesh     devices along data, fsdp, context, tensor and expert; left out: all along data
+#   mesh     devices along data, fsdp, context, tensor, expert and stage; left out: all along data
 #   context  how devices along mesh.context share documents: strategy, block
 #   trainer  stops after `steps`, or after `seconds` of training time
 """
@@ -92,7 +92,7 @@ class TrainRun:
         if mesh is not None and mesh["context"] > 1:
             content["context"] = context
         if mesh is not None:
-            content["mesh"] = {name: size for name, size in mesh.items() if name in SHARED}
+            content["mesh"] = mesh
         content["init"] = None if self.init is None else str(self.init)
         for name in ("vocabulary", "precision"):
             if not content.pop(f"fixed_{name}"):
@@ -105,45 +105,13 @@ class TrainRun:
 
 
 @dataclass(frozen=True)
-class MeshSection:
-    """Devices along each axis that training shares; the product is their number.
-
-    Attributes:
-        data: replicas that see other rows.
-        fsdp: replicas that see other rows and hold a share of the parameters.
-        context: shares of the documents of the same rows.
-        tensor: shares of one layer's matrices.
-        expert: replicas that see other rows and have a share of the experts.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
-    expert: int = 1
-
-    @property
-    def shape(self) -> MeshShape:
-        """Of all axes.
-
-        Raises:
-            ConfigError: a size is below 1.
-        """
-        positive_fields(self, "mesh", *SHARED)
-        return MeshShape(**asdict(self))
-
-
-SHARED = tuple(field.name for field in fields(MeshSection))
-
-
-@dataclass(frozen=True)
 class _Sections:
     """What the file holds beside the model."""
 
     data: DataConfig | None = None
     optim: OptimConfig | None = None
     trainer: TrainSettings | None = None
-    mesh: MeshSection | None = None
+    mesh: MeshShape | None = None
     context: ContextSettings | None = None
     out: Path | None = None
     init: Path | None = None
@@ -227,7 +195,10 @@ def build(content: dict[str, Any], changes: Sequence[str] = ()) -> TrainRun:
     made = {name: decode(cls, content.get(name) or {}, f"{name}.") for name, cls in sections.items()}
     mesh = content.get("mesh")
     if mesh is not None:
-        shape = decode(MeshSection, mesh, "mesh.").shape
+        try:
+            shape = decode(MeshShape, mesh, "mesh.")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         made["trainer"] = replace(made["trainer"], mesh=shape)
         # The vocabulary may be open still; what does not depend on it is known before any data are read.
         check_mesh(model, shape, vocabulary="vocab_size" in given or init is not None)

@@ -108,7 +108,16 @@ class HybridLM(nnx.Module):
             ValueError: no layer of the model knows a tap.
         """
         ctx = ctx or self.context()
-        h = at_hand(self.embed, ctx)(batch.tokens, ctx)
+        h, aux = self.through(at_hand(self.embed, ctx)(batch.tokens, ctx), batch, ctx)
+        return at_hand(self.norm_f, ctx)(h), aux
+
+    def through(
+        self, h: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """The residual state after the layers, from that before them, and what ``ctx.taps`` asked for.
+
+        With devices along ``stage`` the layers are this device's.
+        """
         states: list[Any] = [h]
         reports: list[Aux] = []
         if self.cfg.scan_layers:
@@ -121,7 +130,7 @@ class HybridLM(nnx.Module):
                 h, report = _checkpointed(block, ctx)(h, batch)
                 states.append(h)
                 reports.append(report)
-        return at_hand(self.norm_f, ctx)(h), _collect(ctx, states, reports)
+        return h, _collect(ctx, states, reports)
 
     def _read_on(
         self,

@@ -83,8 +83,10 @@ class Group(nnx.Module):
                 seen.append((h if "hidden" in ctx.taps else None, aux))
             return h, seen
 
+        # Of the repeats a device may have a share.
+        repeats = len(jax.tree.leaves(params)[0])
         h, seen = jax.lax.scan(repeat, h, params)
-        return h, [jax.tree.map(itemgetter(r), each) for r in range(self.repeats) for each in seen]
+        return h, [jax.tree.map(itemgetter(r), each) for r in range(repeats) for each in seen]
 
 
 def layer_names(name: str, groups: Sequence[Span]) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ def _stored(cfg: ModelConfig, mesh: MeshShape) -> tuple[int, int]:
         count = prod(axis.size for axis in axes)
         at_rest = [described(axis) for axis in axes]
         cut = place.shares(at_rest)
-        held += count // cut
+        held += count // cut // (mesh.stage if name.startswith("layers.") else 1)
         block = ".".join(name.split(".")[:2])
         own = count // place.shares_at_hand(at_rest)
         blocks[block] = blocks.get(block, 0) + (own if own > count // cut else 0)
@@ -196,17 +196,20 @@ def estimate_training_memory(
     width = 2 if cfg.precision.compute == "bfloat16" else FLOAT
     blocks = [_sub_block(cfg, letter, seq) for letter in cfg.pattern]
     if settings.remat == "none":
-        kept = sum(block.everything for block in blocks)
+        kept, again = sum(block.everything for block in blocks), 0
     else:
-        kept = cfg.hidden_size * len(blocks) + max(block.everything for block in blocks)
+        kept, again = cfg.hidden_size * len(blocks), max(block.everything for block in blocks)
         kept += sum(block.products for block in blocks) if settings.remat == "dots" else 0
-    kept //= mesh.tensor
+    # A stage keeps its layers' values of every tick: all microbatches are on their way before the first comes back.
+    ticks = settings.accum_steps + mesh.stage - 1 if mesh.stage > 1 else 1
+    kept = (ticks * kept // mesh.stage + again) // mesh.tensor
+    added_up = settings.accum_steps > 1 and mesh.stage == 1
     head = cfg.vocab_size // mesh.tensor * cfg.hidden_size * FLOAT
     return TrainingMemory(
         parameters=count * FLOAT,
         moments=2 * count * FLOAT,
-        gradients=count * FLOAT * (2 if settings.accum_steps > 1 else 1),
-        activations=int(tokens * (kept + 3 * cfg.hidden_size) * width),
+        gradients=count * FLOAT * (2 if added_up else 1),
+        activations=int(tokens * (kept + 3 * ticks * cfg.hidden_size) * width),
         gathered=gathered * FLOAT,
         exchanged=exchanged,
         logits=2 * min(settings.loss_chunk, tokens) * (cfg.vocab_size // mesh.tensor) * FLOAT + head,

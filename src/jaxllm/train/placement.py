@@ -11,6 +11,7 @@ from jaxllm.config import ConfigError, ModelConfig, require
 from jaxllm.model.functional import Params, abstract_params, map_named, param_axes
 from jaxllm.train.balance import trained
 from jaxllm.train.optim import OptimConfig, make_optimizer
+from jaxllm.train.stages import check_stages
 from jaxllm.train.state import TrainState, abstract_state
 from parallel.mesh import MeshShape, make_mesh
 from parallel.sharding import Placement, ShardingError
@@ -96,7 +97,8 @@ def check_mesh(cfg: ModelConfig, shape: MeshShape, *, vocabulary: bool = True) -
         shape: devices along each axis.
         vocabulary: check its size too; a tokenizer may decide it later.
     """
-    require(shape.stage == 1, "mesh.stage", shape.stage, "training does not share this axis; leave it at 1")
+    if shape.stage > 1:
+        check_stages(cfg, shape)
     letters = set(cfg.letters)
     if shape.expert > 1:
         require("E" in letters, "mesh.expert", shape.expert, f"pattern={cfg.pattern!r} has no experts (E)")

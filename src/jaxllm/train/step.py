@@ -21,6 +21,7 @@ from jaxllm.train.loss import CHUNK, LossSums, cross_entropy
 from jaxllm.train.mtp import prediction_loss
 from jaxllm.train.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.train.placement import param_specs, state_shardings
+from jaxllm.train.stages import deal_rows, hidden_in_stages
 from jaxllm.train.state import Leaf, TrainPlan, TrainState
 from parallel.context.scattered import Scattered
 from parallel.mesh import ROWS, SLOTS
@@ -131,6 +132,7 @@ def batch_loss(
     depths: int | None = None,
     place: Placement | None = None,
     scattered: Scattered | None = None,
+    microbatches: int = 1,
 ) -> tuple[jax.Array, LossSums]:
     """Summed objective of a batch and its parts.
 
@@ -144,6 +146,7 @@ def batch_loss(
         place: devices share the step, and the call is under ``shard_map``: rows, parameters, objective and sums are this
             device's.
         scattered: rows are slots of documents that go on elsewhere; this device's part.
+        microbatches: into which the rows are cut where devices share the layers (:mod:`parallel.pipeline`).
 
     Raises:
         ValueError: the batch has no targets, or not those of every depth that is trained.
@@ -167,7 +170,14 @@ def batch_loss(
         placement=place,
         scattered=scattered,
     )
-    h, aux = model.hidden(batch, replace(ctx, taps=balance.taps(cfg.pattern, settings.balance_scope)))
+    reporting = replace(ctx, taps=balance.taps(cfg.pattern, settings.balance_scope))
+    weights = balance.row_weights(batch, scattered)
+    if place is not None and place.size("stage") > 1:
+        h, targets, mask, routing = hidden_in_stages(model, batch, reporting, microbatches)
+    else:
+        targets, mask = batch.targets, batch.loss_mask
+        h, aux = model.hidden(batch, reporting)
+        routing = balance.routing(aux, weights)
     w = at_hand(model.embed if model.lm_head is None else model.lm_head, ctx).weight.get_value()
     score = partial(
         _score,
@@ -178,9 +188,7 @@ def batch_loss(
         chunk=settings.loss_chunk,
         axis="tensor" if place is not None and place.size("tensor") > 1 else None,
     )
-    objective, sums = score(h, batch.targets[..., 0], batch.loss_mask)
-    weights = balance.row_weights(batch, scattered)
-    routing = balance.routing(aux, weights)
+    objective, sums = score(h, targets[..., 0], mask)
     if depths and cfg.mtp is not None:
         inside = replace(ctx, taps=balance.taps(cfg.mtp.pattern, settings.balance_scope))
         further, nats, reports = prediction_loss(model, h, batch, inside, score, sums, depths)
@@ -194,19 +202,6 @@ def batch_loss(
 
 def _score(h: Any, targets: Any, loss_mask: Any, *, w: Any, **options: Any) -> tuple[jax.Array, LossSums]:
     return cross_entropy(h, w, targets, loss_mask, **options)
-
-
-def _microbatches(batch: PackedBatch, count: int) -> PackedBatch:
-    """[B, ...] leaves to [count, B / count, ...]; rows are dealt round, so that sharded rows stay on their device."""
-
-    def cut(x):
-        if x.shape[0] % count:
-            raise ValueError(
-                f"accum_steps={count}: the batch has {x.shape[0]} rows; choose a divisor of that, or another batch size"
-            )
-        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(cut, batch)
 
 
 def gradients(
@@ -244,7 +239,7 @@ def gradients(
 def _summed(place: Placement, sums: LossSums) -> LossSums:
     """Over the devices that see other tokens; no part of it before the layers are done."""
     done = there(sums.nats)
-    return place.sum_rows(jax.tree.map(lambda x: jnp.where(done, x, 0), sums))
+    return place.sum_tokens(jax.tree.map(lambda x: jnp.where(done, x, 0), sums))
 
 
 def batch_specs(place: Placement, scattered: Scattered | None) -> tuple[Any, Any]:
@@ -271,18 +266,22 @@ def _gradients(
     place: Placement | None = None,
     scattered: Scattered | None = None,
 ) -> tuple[Params, LossSums]:
-    # Devices with the same rows have the same objective, each a part: what is differentiated is the sum of all devices'.
-    copies = 1 if place is None else place.mesh.size // place.size(*place.rows)
+    # Devices with the same tokens have the same objective, each a part: what is differentiated is the sum of all devices'.
+    copies = 1 if place is None else place.mesh.size // place.size(*place.rows, "stage")
+    # Microbatches follow each other through the stages, and are not added up one after the other.
+    staged = place is not None and place.size("stage") > 1
+    count, microbatches = (1, settings.accum_steps) if staged else (settings.accum_steps, 1)
 
     def one(part: PackedBatch, scattered: Scattered | None, key: Any) -> tuple[Params, LossSums]:
         def objective(p: Params) -> tuple[jax.Array, LossSums]:
-            value, sums = batch_loss(cfg, p, part, settings, key, place=place, scattered=scattered)
+            value, sums = batch_loss(
+                cfg, p, part, settings, key, place=place, scattered=scattered, microbatches=microbatches
+            )
             return value / copies, sums
 
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return grads, sums
 
-    count = settings.accum_steps
     if count == 1:
         return one(batch, scattered, rng)
 
@@ -292,7 +291,7 @@ def _gradients(
         return jax.tree.map(jnp.add, total, one(part, slots, key)), None
 
     if scattered is None:
-        parts = _microbatches(batch, count), None, jnp.arange(count)
+        parts = deal_rows(batch, count), None, jnp.arange(count)
     else:
         # Slots of one microbatch stand together.
         cut = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), (batch, scattered))
@@ -444,7 +443,11 @@ def make_eval_step(
     settings = settings or StepSettings()
 
     def eval_step(params: Params, batch: PackedBatch, scattered: Scattered | None = None) -> LossSums:
-        _, sums = batch_loss(cfg, params, batch, settings, depths=0, place=place, scattered=scattered)
+        # Rows that do not make as many microbatches go through the stages together.
+        parts = 1 if batch.shape[0] % settings.accum_steps else settings.accum_steps
+        _, sums = batch_loss(
+            cfg, params, batch, settings, depths=0, place=place, scattered=scattered, microbatches=parts
+        )
         sums = sums._replace(routing=None)
         return sums if place is None else _summed(place, sums)
 
