@@ -174,3 +174,8 @@ def agreed(*values: int) -> tuple[int, ...]:
 @lru_cache
 def _largest(mesh: Mesh) -> Any:
     return jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def forget() -> None:
+    """Drop what is kept of the devices, before ``jax.distributed`` is started anew in this process."""
+    _largest.cache_clear()

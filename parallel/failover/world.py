@@ -1,0 +1,64 @@
+"""One generation of the run as JAX sees it: a fresh `jax.distributed` over the living, in processes that stay."""
+
+import gc
+from dataclasses import dataclass
+
+from parallel.failover import compat
+
+# The flag that bounds every collective on CPUs; without it a worker whose peer hangs waits for as long as that exists.
+TIMEOUT_FLAG = "--xla_cpu_collective_timeout_seconds"
+
+
+@dataclass(frozen=True)
+class World:
+    """Who trains together.
+
+    Attributes:
+        generation: counts changes of the membership, from 1.
+        members: workers, ascending; a worker's index is its rank.
+        workers: n; those that there are when all live.
+        address: HOST:PORT of the coordination service.
+    """
+
+    generation: int
+    members: tuple[int, ...]
+    workers: int
+    address: str
+
+
+def with_timeout(flags: str, seconds: int) -> str:
+    """XLA_FLAGS with the bound of collectives; one that stands there already stays."""
+    return flags if TIMEOUT_FLAG in flags else f"{flags} {TIMEOUT_FLAG}={seconds}".strip()
+
+
+def enter(world: World, worker: int, *, timeout: int = 60, heartbeat: int = 100) -> None:
+    """Join ``world``; before anything asks JAX for devices, or after :func:`leave`.
+
+    Args:
+        world: to join.
+        worker: which one this is.
+        timeout: seconds to wait for the other members.
+        heartbeat: of the coordination service; the supervisor notices hangs sooner.
+
+    Raises:
+        RuntimeError: the others did not come.
+    """
+    import jax
+
+    rank = world.members.index(worker)
+    compat.connect(world.address, len(world.members), rank, timeout=timeout, heartbeat=heartbeat)
+    # The processes tell each other of their devices here, and not within the first step.
+    jax.devices()
+
+
+def leave() -> None:
+    """Give up the world: every array, device and compiled program made in it can no longer be used.
+
+    Keep what shall outlive it as NumPy arrays, keys of random numbers included, and drop every reference to the others:
+    the connections to the peers close with the last of them.
+    """
+    from parallel.distributed import forget
+
+    forget()
+    compat.disconnect()
+    gc.collect()
