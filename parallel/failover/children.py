@@ -102,13 +102,20 @@ class Service:
         assert self._process.stdout is not None
         return self._process.stdout.fileno()
 
-    def give(self, members: tuple[int, ...], host: str, heartbeat: int) -> None:
+    def serve(self, members: tuple[int, ...], host: str, heartbeat: int) -> None:
         """Let it listen for these members."""
+        self.members, self.address = members, f"{host}:{free_port(host)}"
+        self._begin("serve", len(members), heartbeat)
+
+    def stand_in(self, service: "Service", rank: int, heartbeat: int) -> None:
+        """Let it come to a service in the place of a member that has died on its way there."""
+        self.members, self.address = service.members, service.address
+        self._begin("stand", rank, heartbeat)
+
+    def _begin(self, task: str, number: int, heartbeat: int) -> None:
         assert self._process.stdin is not None
-        self.members = members
-        self.address = f"{host}:{free_port(host)}"
         try:
-            self._process.stdin.write(f"{self.address} {len(members)} {heartbeat}\n".encode())
+            self._process.stdin.write(f"{task} {self.address} {number} {heartbeat}\n".encode())
             self._process.stdin.flush()
         except OSError:
             self.broken = True

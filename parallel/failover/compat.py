@@ -20,20 +20,10 @@ def serve(address: str, nodes: int, heartbeat: int) -> Any:
     )
 
 
-def connect(address: str, nodes: int, rank: int, *, timeout: int, heartbeat: int) -> None:
-    """Do what ``jax.distributed.initialize`` does, but for starting a service in process 0.
-
-    Raises:
-        RuntimeError: not all processes came within ``timeout`` seconds.
-    """
-    import jax
-    from jax._src import distributed
+def register(address: str, rank: int, *, timeout: int, heartbeat: int) -> Any:
+    """A client of the service, once all processes have come; jaxlib ends this process if they do not in ``timeout``."""
     from jaxlib import _jax
 
-    jax.config.update("jax_enable_recoverability", True)
-    # A worker that dies while the others tell each other of their devices must not hold them for the usual five minutes.
-    jax.config.update("jax_cpu_get_local_topology_timeout_minutes", 1)
-    jax.config.update("jax_cpu_get_global_topology_timeout_minutes", 1)
     client = _jax.get_distributed_runtime_client(
         address,
         rank,
@@ -44,6 +34,19 @@ def connect(address: str, nodes: int, rank: int, *, timeout: int, heartbeat: int
         use_compression=True,
     )
     client.connect()
+    return client
+
+
+def connect(address: str, nodes: int, rank: int, *, timeout: int, heartbeat: int) -> None:
+    """Do what ``jax.distributed.initialize`` does, but for starting a service in process 0."""
+    import jax
+    from jax._src import distributed
+
+    jax.config.update("jax_enable_recoverability", True)
+    # A worker that dies while the others tell each other of their devices must not hold them for the usual five minutes.
+    jax.config.update("jax_cpu_get_local_topology_timeout_minutes", 1)
+    jax.config.update("jax_cpu_get_global_topology_timeout_minutes", 1)
+    client = register(address, rank, timeout=timeout, heartbeat=heartbeat)
     state = distributed.global_state
     state.coordinator_address, state.num_processes, state.process_id = address, nodes, rank
     state.client = client

@@ -1,7 +1,9 @@
 """The process that holds one generation's coordination service: ``python -m parallel.failover.coordinator``.
 
-It is started ahead of need, reads ``ADDRESS NODES HEARTBEAT`` from its standard input, answers ``ready`` once it listens,
-and ends when its standard input does: with its supervisor, however that ends.
+It is started ahead of need, reads one line from its standard input, and ends when that does: with its supervisor, however
+that ends. ``serve ADDRESS NODES HEARTBEAT`` makes it a service, which answers ``ready`` once it listens. ``stand ADDRESS RANK
+HEARTBEAT`` lets it come to a service in the place of a member that died on its way there: the others could otherwise not go
+on, and after a while would be ended by jaxlib.
 """
 
 import sys
@@ -12,21 +14,23 @@ def main() -> int:
     # Imported ahead of need, for it takes most of the time.
     import jaxlib._jax  # noqa: F401
 
-    from parallel.failover.compat import serve
+    from parallel.failover.compat import register, serve
 
-    print("started", flush=True)
     line = sys.stdin.readline().split()
     if not line:
         return 0
-    address, nodes, heartbeat = line
+    task, address, number, heartbeat = line
     try:
-        service = serve(address, int(nodes), int(heartbeat))
+        if task == "serve":
+            held = serve(address, int(number), int(heartbeat))
+        else:
+            held = register(address, int(number), timeout=60, heartbeat=int(heartbeat))
     except RuntimeError as error:
         print(f"failed {error}", flush=True)
         return 1
     print("ready", flush=True)
     sys.stdin.read()
-    del service
+    del held
     return 0
 
 

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from parallel.failover import world as worlds
 from parallel.failover.channel import Lines
-from parallel.failover.world import World, enter, leave
+from parallel.failover.world import World
 
 # What the supervisor leaves in a worker's environment.
 SUPERVISOR, TOKEN = "FAILOVER_SUPERVISOR", "FAILOVER_TOKEN"
@@ -55,7 +56,7 @@ class Member:
         self._sending, self._news = threading.Lock(), threading.Condition()
         self.world: World | None = None
         self._published: World | None = None
-        self._asked_to_leave = self._dismissed = False
+        self._complete = self._asked_to_leave = self._dismissed = False
         self._entered = -1
         self._send("hello", token=given[TOKEN], worker=self.worker, pid=os.getpid())
         threading.Thread(target=self._listen, name="membership", daemon=True).start()
@@ -84,21 +85,26 @@ class Member:
         while True:
             if self.world is not None:
                 self.world = None
-                leave()
+                worlds.leave()
             with self._news:
-                self._published, self._asked_to_leave = None, False
+                self._published, self._complete, self._asked_to_leave = None, False, False
                 # Under the lock: what is published next is meant for this readiness.
                 self._send("ready", step=step)
                 self._news.wait_for(lambda: self._published is not None)
                 world = self._published
             assert world is not None
             self.world = world
+            worlds.connect(world, self.worker)
+            with self._news:
+                self._send("connected", generation=world.generation)
+                self._news.wait_for(lambda: self._complete or self._asked_to_leave)
+                if self._asked_to_leave:
+                    continue
             try:
-                enter(world, self.worker)
+                worlds.meet()
             except RuntimeError as error:
                 self.failed(error)
                 continue
-            self._send("joined", generation=world.generation)
             return world
 
     def stepping(self, step: int) -> None:
@@ -146,6 +152,8 @@ class Member:
             self._published = World(
                 message["generation"], tuple(message["members"]), self.workers, message["address"]
             )
+        elif message["kind"] == "complete":
+            self._complete = True
         elif message["kind"] == "leave":
             self._asked_to_leave = True
         elif message["kind"] == "bye":

@@ -16,7 +16,7 @@ class Worker:
         index: which.
         place: see :data:`Place`.
         generation: newest world that it was given.
-        joined: newest world that it has said to be in.
+        connected: newest world to whose service it has come.
         step: batches that its state was trained on, as far as it told; None: it has no state.
         entered: newest step that its main thread has begun.
         entered_at: when that was first heard of.
@@ -31,7 +31,7 @@ class Worker:
     index: int
     place: Place = "down"
     generation: int = 0
-    joined: int = 0
+    connected: int = 0
     step: int | None = None
     entered: tuple[int, int] = (0, -1)
     entered_at: float = 0.0
@@ -72,6 +72,12 @@ class Roster:
     def at(self, *places: Place) -> list[Worker]:
         """Workers that are there."""
         return [worker for worker in self.workers if worker.place in places]
+
+    @property
+    def complete(self) -> bool:
+        """Every member of the newest world has come to its service, and lives."""
+        inside = self.at("inside", "done")
+        return bool(inside) and not self.lost and all(each.connected >= self.generation for each in inside)
 
     @property
     def settled(self) -> bool:

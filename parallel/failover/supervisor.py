@@ -96,6 +96,8 @@ class Supervisor:
         self.spare: Service | None = None
         self.service: Service | None = None
         self.serving: Service | None = None
+        self.stand_ins: list[Service] = []
+        self.absent: list[int] = []
         self.signals = 0
         self.dismissed = False
         self.fatal: int | None = None
@@ -103,6 +105,7 @@ class Supervisor:
         self._began: float | None = None
         self._why: list[dict[str, Any]] = []
         self._recovering = False
+        self._completed = False
 
     def run(self) -> int:
         """Until every worker is done; see :func:`supervise`."""
@@ -215,11 +218,14 @@ class Supervisor:
         if inside:
             if was == "inside":
                 self.roster.lost.append(index)
+                if worker.connected < self.roster.generation:
+                    # The others wait for it at the service, and cannot leave.
+                    self.absent.append(self.roster.members.index(index))
             self._begin_change({name: row[name] for name in ("worker", "why", "detection_s")}, now)
 
-    def _begin_change(self, why: dict[str, Any], now: float) -> None:
+    def _begin_change(self, why: dict[str, Any] | None, now: float) -> None:
         self._began = now if self._began is None else self._began
-        self._why.append(why)
+        self._why += [] if why is None else [why]
 
     def _look_for_hangs(self, now: float) -> None:
         late = self.options.heartbeat
@@ -284,14 +290,16 @@ class Supervisor:
                 entered = (message["generation"], message["entered"])
                 if entered != worker.entered:
                     worker.entered, worker.entered_at = entered, now
-            elif kind == "joined":
-                worker.joined = message["generation"]
+            elif kind == "connected":
+                worker.connected = message["generation"]
             elif kind == "stepped":
                 worker.stepped, worker.step = message["generation"], message["step"]
             elif kind == "failed":
                 worker.failed = message["generation"]
-                why = {"worker": index, "why": f"failed: {message['error']}", "detection_s": 0.0}
-                self._begin_change(why, now)
+                self.journal.write(
+                    "failed", **{name: message[name] for name in ("generation", "error")}, worker=index
+                )
+                self._begin_change(None, now)
             elif kind == "finished":
                 worker.place = "done"
 
@@ -307,6 +315,8 @@ class Supervisor:
         self.service = None if service is self.service else self.service
         if service is self.serving:
             self.serving = None
+        if service in self.stand_ins:
+            self.stand_ins.remove(service)
 
     # Worlds
 
@@ -318,6 +328,14 @@ class Supervisor:
                 self._begin_change({"why": f"ready: {waiting}"}, now)
             worker.told, worker.told_at = worker.generation, now
             self._say(worker, kind="leave")
+        if self.absent and self.serving is not None and self.spare is not None:
+            stand_in, self.spare = self.spare, None
+            self.stand_ins.append(stand_in)
+            stand_in.stand_in(self.serving, self.absent.pop(), heartbeat=100)
+        if roster.complete and not self._completed:
+            self._completed = True
+            for worker in roster.at("inside"):
+                self._say(worker, kind="complete")
         self._form()
         if self._recovering and roster.settled and roster.generation and roster.at("inside", "done"):
             self._recovering = False
@@ -348,21 +366,26 @@ class Supervisor:
         if self.service is None:
             if self.spare is not None:
                 self.service, self.spare = self.spare, None
-                self.service.give(members, self.options.host, heartbeat=100)
+                self.service.serve(members, self.options.host, heartbeat=100)
             return
         if self.service.ready:
             self._publish(members, self.service)
 
     def _publish(self, members: tuple[int, ...], service: Service) -> None:
         roster = self.roster
-        if self.serving is not None:
-            # All its clients have come to the gate, so they have left it.
-            self._end_service(self.serving)
+        for old in (self.serving, *self.stand_ins):
+            # All clients have come to the gate, so they have left it.
+            if old is not None:
+                self._end_service(old)
+        self.absent.clear()
+        self._completed = False
         self.serving, self.service = service, None
         before, roster.members = roster.members, members
         roster.generation += 1
         roster.lost.clear()
-        newcomers = [index for index in members if index not in before or roster.workers[index].joined == 0]
+        newcomers = [
+            index for index in members if index not in before or roster.workers[index].generation == 0
+        ]
         for index in members:
             worker = roster.workers[index]
             worker.place, worker.generation = "inside", roster.generation
@@ -413,7 +436,7 @@ class Supervisor:
     def _end_all(self) -> None:
         for child in self.children.values():
             child.kill()
-        for service in (self.spare, self.service, self.serving):
+        for service in (self.spare, self.service, self.serving, *self.stand_ins):
             if service is not None:
                 service.end()
         self.selector.close()

@@ -31,23 +31,28 @@ def with_timeout(flags: str, seconds: int) -> str:
     return flags if TIMEOUT_FLAG in flags else f"{flags} {TIMEOUT_FLAG}={seconds}".strip()
 
 
-def enter(world: World, worker: int, *, timeout: int = 60, heartbeat: int = 100) -> None:
-    """Join ``world``; before anything asks JAX for devices, or after :func:`leave`.
+def connect(world: World, worker: int, *, timeout: int = 600, heartbeat: int = 100) -> None:
+    """Come to the coordination service, and wait there until all members have come.
 
     Args:
-        world: to join.
+        world: to join; before anything asks JAX for devices, or after :func:`leave`.
         worker: which one this is.
-        timeout: seconds to wait for the other members.
+        timeout: seconds to wait for the other members, after which jaxlib ends this process; the supervisor sends
+            somebody in the place of one that has died.
         heartbeat: of the coordination service; the supervisor notices hangs sooner.
+    """
+    rank = world.members.index(worker)
+    compat.connect(world.address, len(world.members), rank, timeout=timeout, heartbeat=heartbeat)
+
+
+def meet() -> None:
+    """Tell the other members of this one's devices, and learn of theirs.
 
     Raises:
-        RuntimeError: the others did not come.
+        RuntimeError: a member died meanwhile; after a minute.
     """
     import jax
 
-    rank = world.members.index(worker)
-    compat.connect(world.address, len(world.members), rank, timeout=timeout, heartbeat=heartbeat)
-    # The processes tell each other of their devices here, and not within the first step.
     jax.devices()
 
 

@@ -7,6 +7,7 @@ its own ``steps-WORKER.jsonl``. PAUSE seconds pass in every step, so that somebo
 
 import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -58,10 +59,26 @@ def jobs_of(members):
     return [jobs[member] for member in members]
 
 
-def worker(folder: Path, steps: int, pause: float) -> int:
+def die_on_the_way(member, place, worker, generation):
+    """Let a worker kill itself on its way into a generation: before it connects, or before it meets the others."""
+    from parallel.failover import world as worlds
+
+    whole = getattr(worlds, place)
+
+    def half(*arguments):
+        if member.world.generation == int(generation) and member.worker == int(worker):
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(*arguments)
+
+    setattr(worlds, place, half)
+
+
+def worker(folder: Path, steps: int, pause: float, die: str | None) -> int:
     from parallel.failover.membership import Member
 
     member = Member()
+    if die is not None:
+        die_on_the_way(member, *die.split(":"))
     import jax
     import numpy as np
 
@@ -85,11 +102,7 @@ def worker(folder: Path, steps: int, pause: float) -> int:
                 member, world, jobs, kept, done, steps, pause, log, agreed, checksum, host_leaves
             )
         except Stopped as stopped:
-            kept, done, cause = stopped.args
-            before = checksum(kept)
-            if cause is not None:
-                member.failed(cause)
-            assert checksum(kept) == before
+            kept, done = stopped.args
             continue
         if member.finish():
             break
@@ -98,7 +111,7 @@ def worker(folder: Path, steps: int, pause: float) -> int:
 
 
 class Stopped(Exception):
-    """The world has to change: the committed state, its step, and what was raised, if anything was."""
+    """The world has to change: the committed state and its step."""
 
 
 def run(member, world, jobs, kept, done, steps, pause, log, agreed, checksum, host_leaves):
@@ -127,7 +140,7 @@ def run(member, world, jobs, kept, done, steps, pause, log, agreed, checksum, ho
     def put(x):
         return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
 
-    state = tuple(put(x) for x in kept)
+    state, committed = tuple(put(x) for x in kept), checksum(kept)
     try:
         while done < steps:
             member.stepping(done)
@@ -141,20 +154,26 @@ def run(member, world, jobs, kept, done, steps, pause, log, agreed, checksum, ho
             # Only now the step is committed.
             state, done = new, done + 1
             line = {"pid": os.getpid(), "generation": world.generation, "step": done}
-            line |= {"members": world.members, "crc": checksum(host_leaves(state)), "jobs": jobs[rank]}
+            committed = checksum(host_leaves(state))
+            line |= {"members": world.members, "crc": committed, "jobs": jobs[rank]}
             log.write(json.dumps(line) + "\n")
             member.stepped(done)
             if agreed(int(member.changing))[0]:
-                raise Stopped(host_leaves(state), done, None)
+                break
     except (RuntimeError, ValueError) as error:
-        raise Stopped(host_leaves(state), done, error) from None
-    return host_leaves(state), done
+        member.failed(error)
+    # Outside of the handler: what was raised holds the frame, and so the devices, whose connections would stay open.
+    kept = host_leaves(state)
+    assert checksum(kept) == committed
+    if done < steps or member.changing:
+        raise Stopped(kept, done)
+    return kept, done
 
 
 def main() -> int:
     mode, workers, folder, steps, pause = sys.argv[1:6]
     if mode == "worker":
-        return worker(Path(folder), int(steps), float(pause))
+        return worker(Path(folder), int(steps), float(pause), sys.argv[6] if sys.argv[6:] else None)
     from parallel.failover.supervisor import SupervisorOptions, supervise
 
     more = dict(word.split("=") for word in sys.argv[6:])
@@ -166,6 +185,7 @@ def main() -> int:
         backoff=float(more.get("backoff", 0.1)),
     )
     command = [sys.executable, __file__, "worker", workers, folder, steps, pause]
+    command += [more["die"]] if "die" in more else []
     return supervise(command, options, folder=Path(folder))
 
 

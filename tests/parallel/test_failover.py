@@ -209,6 +209,21 @@ def test_a_second_worker_may_be_killed_during_recovery(moment, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["connect", "meet"])
+@pytest.mark.parametrize("worker", [0, 2])
+def test_a_member_may_die_on_its_way_into_a_world(place, worker, tmp_path):
+    """Before it has come to the service the others cannot leave that, and jaxlib would end them."""
+    with Run(tmp_path, 3, 50, die=f"{place}:{worker}:2", timeout=20) as run:
+        run.wait_step(3)
+        run.send(1)
+        run.wait(lambda: len(run.journal("lost")) == 2, "the second loss")
+        run.finish()
+        expected = [1, 2, 1]
+        expected[worker] = 2
+        assert [len(run.pids(worker)) for worker in range(3)] == expected
+
+
+@pytest.mark.slow
 def test_a_hung_worker_is_killed_and_replaced(tmp_path):
     with Run(tmp_path, 3, 60, heartbeat=6, timeout=20) as run:
         run.wait_step(3)
