@@ -6,7 +6,7 @@ the adjacent one of the same replica, as published.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,7 +154,7 @@ def assign_stages(
     adopted: dict[Node, Node] = {}
     dropped = []
     for replica in range(replicas):
-        owners = _stage_owners({node.stage for node in alive if node.replica == replica}, stages, rotation)
+        owners = stage_owners({node.stage for node in alive if node.replica == replica}, stages, rotation)
         if owners is None:
             dropped.append(replica)
         else:
@@ -164,6 +164,25 @@ def assign_stages(
         for node in alive
     ]
     return StageAssignment(replicas, stages, alive, tuple(tasks), tuple(dropped))
+
+
+def stage_owners(living: Set[int], stages: int, rotation: int = 0) -> dict[int, int] | None:
+    """The adopting stage of each dead one of a pipeline, adjacent and all different.
+
+    Returns:
+        None where some dead stage has no neighbour of its own.
+    """
+    owners: dict[int, int] = {}
+    for dead in _chains(living, stages):
+        neighbours = [stage for stage in range(dead[0] - 1, dead[-1] + 2, 2) if stage in living]
+        if len(neighbours) < len(dead):
+            return None
+        # As many as the dead, and each has its own; one more, and this is the one that rests.
+        resting = len(dead) - rotation % (len(dead) + 1)
+        if len(neighbours) > len(dead):
+            neighbours.pop(resting)
+        owners |= dict(zip(dead, neighbours))
+    return owners
 
 
 def _by_nearness(workers: int, alive: tuple[int, ...], orphans: list[int]) -> list[int]:
@@ -180,22 +199,7 @@ def _by_nearness(workers: int, alive: tuple[int, ...], orphans: list[int]) -> li
     return order
 
 
-def _stage_owners(living: set[int], stages: int, rotation: int) -> dict[int, int] | None:
-    """The adopting stage of each dead one, all different; None: a dead one has no neighbour of its own."""
-    owners: dict[int, int] = {}
-    for dead in _chains(living, stages):
-        neighbours = [stage for stage in range(dead[0] - 1, dead[-1] + 2, 2) if stage in living]
-        if len(neighbours) < len(dead):
-            return None
-        # As many as the dead, and each has its own; one more, and this is the one that rests.
-        resting = len(dead) - rotation % (len(dead) + 1)
-        if len(neighbours) > len(dead):
-            neighbours.pop(resting)
-        owners |= dict(zip(dead, neighbours))
-    return owners
-
-
-def _chains(living: set[int], stages: int) -> list[list[int]]:
+def _chains(living: Set[int], stages: int) -> list[list[int]]:
     """Dead stages in runs of every second one: each shares a living neighbour with the next of its run."""
     chains: list[list[int]] = []
     for stage in range(stages):
