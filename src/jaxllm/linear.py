@@ -5,10 +5,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.axes import Axes
 from jaxllm.config import Precision
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.precision import contract
 from parallel.context.scattered import Scattered
 from parallel.sharding import Placement
@@ -32,6 +33,7 @@ class Context:
             device's shares (:mod:`jaxllm.model.shares`). None: everything is here.
         scattered: rows are this device's slots of blocks, whose documents go on in the slots of others
             (:mod:`parallel.context.scattered`). None: rows are whole.
+        skipped: letters whose sub-blocks are constants in backward (:func:`parallel.failover.degraded.skip`).
     """
 
     precision: Precision = field(default_factory=Precision)
@@ -45,6 +47,7 @@ class Context:
     rng: Any = None
     placement: Placement | None = None
     scattered: Scattered | None = None
+    skipped: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -65,6 +68,15 @@ class Weight(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupedWeight(Protocol):
+    """A pytree that stands where the weights of all experts could."""
+
+    def apply_grouped(self, x: jax.Array, sizes: jax.Array, ctx: Context) -> jax.Array:
+        """Rows [M, in], sorted by expert, each times its expert's logical weight: [M, out]."""
+        ...
+
+
 def linear(
     x: Float[Array, "B T i"], w: Any, ctx: Context, out_dtype: DTypeLike | None = None
 ) -> Float[Array, "B T o"]:
@@ -82,3 +94,20 @@ def linear(
     if ctx.precision.operand is None:
         w = w.astype(x.dtype)
     return contract("bti,io->bto", x, w, operand_dtype=ctx.precision.operand, out_dtype=out_dtype)
+
+
+def grouped_linear(
+    x: Float[Array, "M i"], w: Any, sizes: Int[Array, " E"], ctx: Context
+) -> Float[Array, "M o"]:
+    """``x[m] @ w[e]`` for the rows of expert e, which stand together; as :func:`linear`.
+
+    Args:
+        x: rows sorted by expert.
+        w: plain weights [E, in, out], or a :class:`GroupedWeight`.
+        sizes: rows of each expert.
+        ctx: precision, implementation.
+    """
+    if isinstance(w, GroupedWeight):
+        return w.apply_grouped(x, sizes, ctx)
+    options = {"operand_dtype": ctx.precision.operand, "implementation": ctx.implementation}
+    return grouped_matmul(x, w, sizes, **options)

@@ -18,13 +18,14 @@ from tests.train.tiny import constant_lr
 HERE = pathlib.Path(__file__).parent
 
 
-def worker(*arguments: str) -> str:
-    """What the worker printed."""
+def worker(*arguments: str, optimise: bool = False) -> str:
+    """What the worker printed; what runs once is compiled quickly unless it is to ``optimise``."""
+    quick = "" if optimise else " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     root = HERE.parent.parent
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8" + quick,
         "NPROC": "32",
     }
     command = [sys.executable, str(HERE / "failover_worker.py"), *arguments]
@@ -34,19 +35,40 @@ def worker(*arguments: str) -> str:
 
 
 def test_exact_is_bit_for_bit_the_undisturbed_run():
-    assert worker("exact", "-", "1", "0,12,3", "30,2,1").count("EXACT") == 2
+    assert worker("exact", "-", "1", "30,2,1").count("EXACT") == 1
 
 
 @pytest.mark.slow
 def test_exact_for_every_number_of_workers():
-    patterns = "0,12,3", "10,32", "2301", "1032"
-    assert worker("exact", "M*-", "2", *patterns).count("EXACT") == len(patterns)
+    patterns = "0,12,3", "10,32", "2301"
+    assert worker("exact", "M*-", "2", *patterns, optimise=True).count("EXACT") == len(patterns)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pattern", ["GE", "JW"])
+def test_exact_for_every_letter(pattern):
+    assert worker("exact", pattern, "2", "1,02,3", "12,30", optimise=True).count("EXACT") == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["GE", "JW"])
-def test_exact_for_every_letter(pattern):
-    assert worker("exact", pattern, "2", "1,02,3", "12,30").count("EXACT") == 2
+def test_means_are_of_those_who_have_a_gradient():
+    assert worker("average", "*-", "skip", "0,12,3", "30,12").count("AVERAGE") == 2
+
+
+@pytest.mark.nightly
+def test_means_of_every_letter():
+    for pattern, rule in (("M*-E", "skip"), ("GJ-", "low_rank")):
+        assert worker("average", pattern, rule, "0,12,3", "30,12").count("AVERAGE") == 2
+
+
+@pytest.mark.slow
+def test_what_nobody_learns_from_stays_as_it_is():
+    assert worker("untouched", "*-", "10,23", "30,21").count("UNTOUCHED") == 2
+
+
+@pytest.mark.slow
+def test_all_of_the_rank_and_nothing_skipped_trains_as_exact():
+    assert "ALL" in worker("all", "*-", "0,12,3")
 
 
 def test_other_axes_and_objectives_of_whole_batches_are_refused():

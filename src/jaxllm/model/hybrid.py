@@ -25,6 +25,7 @@ from jaxllm.model.mtp import MTP
 from jaxllm.model.scan import Group, Span, groups_of
 from jaxllm.model.shares import at_hand
 from pallas_kernels.precision import contract
+from parallel.failover.degraded import skip
 from parallel.sharding import everything_but_gathered
 
 Aux = dict[str, Any]
@@ -53,12 +54,13 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, letter: str, *, rngs: nnx.Rngs):
         embed = Axis("embed", cfg.hidden_size)
+        self.letter = letter
         self.norm = RMSNorm(embed, eps=cfg.norm_eps, cast=cfg.norm_cast, dtype=cfg.precision.param, rngs=rngs)
         self.mixer = build_mixer(cfg, letter, rngs)
 
     def __call__(self, h: Array, batch: PackedBatch, ctx: Context) -> tuple[Array, Aux]:
         y, aux = self.mixer(self.norm(h), batch, ctx)
-        return h + y, aux
+        return (skip(h, y) if self.letter in ctx.skipped else h + y), aux
 
     def extend(self, h: Array, batch: PackedBatch, state: Any, ctx: Context) -> tuple[Array, Any, Aux]:
         y, state, aux = self.mixer.extend(self.norm(h), batch, state, ctx)
@@ -269,6 +271,9 @@ def _checkpointed(block: Block, ctx: Context) -> Any:
     def call(h: Array, batch: PackedBatch) -> tuple[Array, Aux]:
         return at_hand(block, ctx)(h, batch, ctx)
 
+    if block.letter in ctx.skipped:
+        # Nothing of it is needed in backward.
+        return call
     if ctx.remat == "none":
         return call if ctx.placement is None else jax.checkpoint(call, policy=everything_but_gathered)
     if ctx.remat == "layer":

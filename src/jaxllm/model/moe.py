@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 from jaxllm.axes import Axis, Concat, Product
 from jaxllm.batch import PackedBatch
 from jaxllm.config import MLPConfig, ModelConfig, MoEConfig
-from jaxllm.linear import Context
+from jaxllm.linear import Context, grouped_linear
 from jaxllm.model.layers import Linear, parameter
 from jaxllm.model.mlp import MLP
 from jaxllm.model.stateless import Stateless
-from pallas_kernels.grouped_matmul import Plan, from_experts, grouped_matmul, plan, to_experts
+from pallas_kernels.grouped_matmul import Plan, from_experts, plan, to_experts
 from pallas_kernels.precision import contract
 from parallel.context.scattered import Scattered
 from parallel.experts import AXIS, through_experts
@@ -87,13 +87,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"], sizes: Int[Array, "E"], ctx: Context) -> Float[Array, "M D"]:
         def product(x: Array, w: nnx.Param) -> Array:
-            return grouped_matmul(
-                x,
-                w.get_value(),
-                sizes,
-                operand_dtype=ctx.precision.operand,
-                implementation=ctx.implementation,
-            )
+            return grouped_linear(x, w.get_value(), sizes, ctx)
 
         if self.up_proj is not None:
             hidden = jnp.square(jax.nn.relu(product(x, self.up_proj)))

@@ -4,8 +4,8 @@ A run of n workers cuts each batch into n shards; with m workers alive each has 
 Which shards those are is data (:class:`FailoverPlan`): one program serves every pattern of failures with the same m and k.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxllm.batch import PackedBatch
-from jaxllm.config import ModelConfig, one_of, require
-from jaxllm.model.functional import Params
+from jaxllm.config import ModelConfig, one_of, positive, require
+from jaxllm.model.functional import Params, map_named
+from jaxllm.train.degraded import MIXERS, POLICY, RULES, Degraded, letter_of, make_refresh, ranks
 from jaxllm.train.loss import LossSums
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.state import Leaf, TrainPlan
@@ -28,7 +29,7 @@ from parallel.mesh import AXES, ROWS, MeshShape, make_mesh
 from parallel.sharding import Placement
 
 AXIS = "data"
-METHODS = ("exact", "drop")
+METHODS = ("mecefo", "exact", "drop")
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,36 @@ class FailoverSettings:
     """What a run does about shards whose worker has died.
 
     Attributes:
-        method: "exact": a neighbour trains them in full, and shards are summed in their order, so that parameters are,
-            bit for bit, those of an undisturbed run with this method; "drop": nobody does.
+        method: "mecefo": a neighbour trains them, and while it does two jobs its gradients are cheaper ones; "exact": it
+            trains them in full, and shards are summed in their order, so that parameters are, bit for bit, those of an
+            undisturbed run with this method; "drop": nobody does.
+        rank: mecefo: of weight gradients; "full": nothing is left out of them; None: a sixteenth of the model's width.
+        refresh: mecefo: steps after which the bases of low-rank gradients are made anew.
+        policy: mecefo: rule of each letter, "skip" (mixers only), "low_rank" or "exact"; letters that are not given have
+            :data:`jaxllm.train.degraded.POLICY`'s.
+        recompute: mecefo: sub-blocks keep their inputs only and are computed again in backward.
     """
 
-    method: str = "exact"
+    method: str = "mecefo"
+    rank: int | str | None = None
+    refresh: int = 100
+    policy: Mapping[str, str] = field(default_factory=dict)
+    recompute: bool = True
 
     def __post_init__(self) -> None:
         one_of("failover.method", self.method, *METHODS)
+        positive(**{"failover.refresh": self.refresh})
+        if isinstance(self.rank, str):
+            require(self.rank == "full", "failover.rank", self.rank, 'must be an integer, "full" or None')
+        elif self.rank is not None:
+            positive(**{"failover.rank": self.rank})
+        for letter, rule in self.policy.items():
+            require(letter in POLICY, "failover.policy", letter, f"letters are {', '.join(POLICY)}")
+            one_of(f"failover.policy[{letter!r}]", rule, *RULES)
+            fits = rule != "skip" or letter in MIXERS
+            allowed = "feed-forward blocks are not skipped; choose low_rank or exact"
+            require(fits, f"failover.policy[{letter!r}]", rule, allowed)
+        object.__setattr__(self, "policy", {**POLICY, **self.policy})
 
     @property
     def every_step(self) -> bool:
@@ -54,6 +77,25 @@ class FailoverSettings:
         """What living workers train of what an assignment gives them, their own shard first."""
         return tuple(tuple(own[:1] if self.method == "drop" else own) for own in jobs)
 
+    def make_bases(self, cfg: ModelConfig) -> Any:
+        """The compiled ``(params, previous) -> bases`` of a plan (:func:`jaxllm.train.degraded.make_refresh`).
+
+        Raises:
+            ConfigError: the rank is above that of a weight.
+        """
+        return make_refresh(cfg, self.policy, self.rank)
+
+    def skipped(self, cfg: ModelConfig) -> frozenset[str]:
+        """Letters of the model that neighbours skip in backward.
+
+        Raises:
+            ConfigError: they are all of the model.
+        """
+        letters = frozenset(letter for letter in cfg.letters if self.policy[letter] == "skip")
+        allowed = f"pattern={cfg.pattern!r} would have no gradient from who does two jobs; skip fewer letters"
+        require(letters != set(cfg.letters), "failover.policy", dict(self.policy), allowed)
+        return letters
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -63,17 +105,22 @@ class FailoverPlan:
     Attributes:
         shards: i32[m, k]; numbers of the shards in the slots of each living worker, -1 where a slot is idle; busy slots
             come first.
+        degraded: bool[m]; workers that do more than one job.
+        bases: method mecefo: V1 by dotted path (:meth:`FailoverSettings.make_bases`).
     """
 
     shards: Leaf
+    degraded: Leaf
+    bases: Any = None
 
 
-def failover_plan(jobs: Sequence[Sequence[int]], slots: int) -> FailoverPlan:
+def failover_plan(jobs: Sequence[Sequence[int]], slots: int, bases: Any = None) -> FailoverPlan:
     """The arrays of an assignment.
 
     Args:
         jobs: shards of each of the m living workers, its own first (:meth:`FailoverSettings.jobs`).
         slots: k.
+        bases: for method mecefo.
 
     Raises:
         ValueError: a worker has more jobs than slots, or none, or a shard is trained twice.
@@ -86,7 +133,7 @@ def failover_plan(jobs: Sequence[Sequence[int]], slots: int) -> FailoverPlan:
     shards = np.full((len(jobs), slots), -1, np.int32)
     for worker, own in enumerate(jobs):
         shards[worker, : len(own)] = own
-    return FailoverPlan(shards)
+    return FailoverPlan(shards, np.array([len(own) > 1 for own in jobs]), bases)
 
 
 def make_failover_step(
@@ -104,7 +151,8 @@ def make_failover_step(
         cfg: model.
         optim: optimiser and schedule.
         settings: of the step; ``accum_steps`` cuts each shard.
-        failover: what to do about shards without a worker.
+        failover: what to do about shards without a worker. Gradients of a skipped sub-block are averaged over the
+            shards of those who do one job; where nobody does, its parameters and moments stay as they are.
         place: the m devices, along ``data``; None: one. The state is whole on each, the batch lies as
             :func:`parallel.mesh.batch_sharding` says.
 
@@ -119,29 +167,53 @@ def make_failover_step(
     settings, failover = settings or StepSettings(), failover or FailoverSettings()
     place = place or Placement(make_mesh(MeshShape(), jax.local_devices()[:1]))
     _check(cfg, settings, place)
+    cheap = failover.method == "mecefo"
+    skipped = failover.skipped(cfg) if cheap else frozenset()
+    bounds = ranks(cfg, failover.policy, failover.rank) if cheap else {}
 
-    def exact(params: Params, part: PackedBatch, rng: Any) -> tuple[Params, LossSums]:
-        return gradients(cfg, params, part, settings, rng)
+    def one(params: Params, rng: Any, plan: FailoverPlan, part: PackedBatch) -> _Found:
+        """Of one shard: the gradient, the sums, and the weight of the tokens that skipped sub-blocks have learnt from."""
+
+        def exact(params: Params, part: PackedBatch) -> _Found:
+            grads, sums = gradients(cfg, params, part, settings, rng)
+            return grads, sums, sums.weight
+
+        def cheaper(params: Params, part: PackedBatch) -> _Found:
+            degraded = Degraded(skipped, plan.bases or {}, failover.recompute)
+            grads, sums = gradients(cfg, params, part, settings, rng, degraded=degraded)
+            return grads, sums, jnp.zeros_like(sums.weight)
+
+        if not cheap:
+            return exact(params, part)
+        # Neither branch holds a collective: devices may take different ones.
+        return jax.lax.cond(plan.degraded[jax.lax.axis_index(AXIS)], cheaper, exact, params, part)
 
     def differentiate(
         params: Params, batch: PackedBatch, rng: Any, plan: TrainPlan
-    ) -> tuple[Params, LossSums, None]:
+    ) -> tuple[Params, LossSums, Params | None]:
         who = plan.failover
         if not isinstance(who, FailoverPlan):
             raise ValueError(f"plan.failover={who!r}: must be a FailoverPlan (failover_plan)")
-        _check_rows(batch, who, place)
+        _check_plan(batch, who, place, bounds)
         collect = _ordered if failover.method == "exact" else _summed
 
         def local(params: Params, batch: PackedBatch, plan: FailoverPlan, rng: Any) -> Any:
-            return collect(lambda part: exact(params, part, rng), batch, plan)
+            return collect(partial(one, params, rng, plan), batch, plan)
 
         over = partial(jax.shard_map, mesh=place.mesh, out_specs=P(), check_vma=False)
-        grads, sums = over(local, in_specs=(P(), P(ROWS), P(), P()))(params, batch, who, rng)
-        return grads, sums, None
+        grads, sums, whole = over(local, in_specs=(P(), P(ROWS), P(), P()))(params, batch, who, rng)
+        if not cheap:
+            return grads, sums, None
+
+        def behind(name: str, _: Any) -> Array:
+            return whole if letter_of(cfg, name) in skipped else sums.weight
+
+        return grads, sums, map_named(behind, grads)
 
     return make_train_step(cfg, optim, settings, place=place, donate=False, differentiate=differentiate)
 
 
+_Found = tuple[Params, LossSums, Array]
 # (rows of one shard) -> what is summed over shards.
 _OfShard = Callable[[PackedBatch], Any]
 
@@ -222,7 +294,13 @@ def _check(cfg: ModelConfig, settings: StepSettings, place: Placement) -> None:
         require(given == "sequence", "balance_scope", given, f"this loss {whole}; choose sequence")
 
 
-def _check_rows(batch: PackedBatch, plan: FailoverPlan, place: Placement) -> None:
+def _check_plan(batch: PackedBatch, plan: FailoverPlan, place: Placement, bounds: Mapping[str, int]) -> None:
+    given = {name: v1.shape[-1] for name, v1 in (plan.bases or {}).items()}
+    if bounds and given != bounds:
+        raise ValueError(
+            f"plan.failover.bases: of {len(given)} weights; this method needs those of {len(bounds)}, as the settings' "
+            "make_bases(cfg)(params) gives them"
+        )
     workers, slots = plan.shards.shape
     rows, devices = len(batch.tokens), place.size(AXIS)
     if workers != devices:

@@ -17,6 +17,7 @@ from jaxllm.linear import Context
 from jaxllm.model.functional import Params, merge
 from jaxllm.model.shares import at_hand
 from jaxllm.train import balance
+from jaxllm.train.degraded import Degraded
 from jaxllm.train.loss import CHUNK, LossSums, cross_entropy
 from jaxllm.train.mtp import prediction_loss
 from jaxllm.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -133,6 +134,7 @@ def batch_loss(
     place: Placement | None = None,
     scattered: Scattered | None = None,
     microbatches: int = 1,
+    degraded: Degraded | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Summed objective of a batch and its parts.
 
@@ -147,6 +149,7 @@ def batch_loss(
             device's.
         scattered: rows are slots of documents that go on elsewhere; this device's part.
         microbatches: into which the rows are cut where devices share the layers (:mod:`parallel.pipeline`).
+        degraded: what gradients of it leave out; the value is the same.
 
     Raises:
         ValueError: the batch has no targets, or not those of every depth that is trained.
@@ -161,10 +164,12 @@ def batch_loss(
             f"batch.targets: {batch.targets.shape[-1]} steps ahead; this model is trained on {1 + depths}, make batches "
             f"with Loader(depths={1 + depths})"
         )
-    model = merge(cfg, params)
+    model = merge(cfg, params if degraded is None else degraded.weights(cfg, params))
+    recompute = degraded is not None and degraded.recompute
     ctx = Context(
         precision=cfg.precision,
-        remat=settings.remat,
+        remat="layer" if recompute else settings.remat,
+        skipped=frozenset() if degraded is None else degraded.skipped,
         implementation=settings.implementation,
         rng=rng,
         placement=place,
@@ -212,17 +217,19 @@ def gradients(
     rng: Any = None,
     place: Placement | None = None,
     scattered: Scattered | None = None,
+    degraded: Degraded | None = None,
 ) -> tuple[Params, LossSums]:
     """Gradient of the *summed* objective, float32, and the sums; microbatches add up without any weighting.
 
     With ``place`` parameters and rows are shared by its devices, and gradients lie as their parameters do; with
-    ``scattered`` (:func:`parallel.context.scatter`, for as many parts as ``settings.accum_steps``) the batch are slots.
+    ``scattered`` (:func:`parallel.context.scatter`, for as many parts as ``settings.accum_steps``) the batch are slots. With
+    ``degraded`` they are those of who does two jobs, which devices do not share.
 
     Raises:
         ValueError: devices along ``context``, and a batch that is not scattered.
     """
     if place is None:
-        return _gradients(cfg, params, batch, settings, rng)
+        return _gradients(cfg, params, batch, settings, rng, degraded=degraded)
     specs = param_specs(cfg, place)
 
     def shared(
@@ -265,6 +272,7 @@ def _gradients(
     rng: Any,
     place: Placement | None = None,
     scattered: Scattered | None = None,
+    degraded: Degraded | None = None,
 ) -> tuple[Params, LossSums]:
     # Devices with the same tokens have the same objective, each a part: what is differentiated is the sum of all devices'.
     copies = 1 if place is None else place.mesh.size // place.size(*place.rows, "stage")
@@ -275,7 +283,15 @@ def _gradients(
     def one(part: PackedBatch, scattered: Scattered | None, key: Any) -> tuple[Params, LossSums]:
         def objective(p: Params) -> tuple[jax.Array, LossSums]:
             value, sums = batch_loss(
-                cfg, p, part, settings, key, place=place, scattered=scattered, microbatches=microbatches
+                cfg,
+                p,
+                part,
+                settings,
+                key,
+                place=place,
+                scattered=scattered,
+                microbatches=microbatches,
+                degraded=degraded,
             )
             return value / copies, sums
 
@@ -330,7 +346,8 @@ def apply_gradients(
     loss = sums.nats / weight
     if behind is not None:
         # Relative to all tokens, so that one factor is the mean of all.
-        grads = jax.tree.map(lambda g, w: g * (weight / jnp.maximum(w, least)), grads, behind)
+        share = jax.tree.map(lambda w: jnp.where(w > 0, weight / jnp.maximum(w, least), 0), behind)
+        grads = jax.tree.map(jnp.multiply, grads, share)
     norm = optax.tree.norm(grads) / weight
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # One factor does the mean and the clipping, so that the gradient is read once more and not written.
@@ -340,10 +357,16 @@ def apply_gradients(
     updates, opt_state = make_optimizer(optim).update(balance.trained(grads), state.opt_state, seen)
     params = balance.updated(state.params, updates, lr)
     if behind is not None:
-        params = jax.tree.map(_moved, params, state.params, behind)
-        opt_state = optax.tree_utils.tree_map_params(
-            make_optimizer(optim), _moved, opt_state, state.opt_state, balance.trained(behind)
+        learnt = jax.tree.map(lambda w: w > 0, behind)
+        moments = optax.tree_utils.tree_map_params(
+            make_optimizer(optim),
+            lambda _, there: there,
+            opt_state,
+            balance.trained(learnt),
+            transform_non_params=lambda _: True,
         )
+        params = jax.tree.map(jnp.where, learnt, params, state.params)
+        opt_state = jax.tree.map(jnp.where, moments, opt_state, state.opt_state)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -370,10 +393,6 @@ def apply_gradients(
         consecutive_skips=state.consecutive_skips,
     )
     return state, metrics
-
-
-def _moved(new: Any, old: Any, weight: Any) -> Any:
-    return jnp.where(weight > 0, new, old)
 
 
 def scored_tokens(batch: PackedBatch, once: Any = True) -> jax.Array:
