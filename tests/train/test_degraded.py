@@ -71,8 +71,14 @@ def test_gradients_are_projections_of_the_exact_ones():
     check_projection("-")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["M*", pytest.param("GWJ", marks=pytest.mark.nightly), "E"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param("M*", marks=pytest.mark.slow),
+        pytest.param("E", marks=pytest.mark.slow),
+        pytest.param("GWJ", marks=pytest.mark.nightly),
+    ],
+)
 def test_gradients_of_every_letter_are_projections(pattern):
     check_projection(pattern)
 
