@@ -159,6 +159,26 @@ def check_all(pattern: str, text: str) -> None:
     print("ALL", pattern)
 
 
+def check_drop(pattern: str, text: str) -> None:
+    """Dropped shards are not there: the ordinary step over the rows of those who live."""
+    cfg, jobs = config(pattern), jobs_of(text)
+    ours, seen = Runs(cfg, FailoverSettings("drop"))(jobs, 2)
+    own = [first for first, *_ in jobs]
+    place = place_of(jobs)
+    step, where = make_train_step(cfg, OPTIM, SETTINGS, place=place), state_shardings(cfg, OPTIM, place)
+    state, metrics = init_state(cfg, OPTIM, 0, where), None
+    for number in range(2):
+        parts = [of_shard(tiny_batch(8, 16, seed=number), shard) for shard in own]
+        rows = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+        state, metrics = step(state, jax.device_put(rows, batch_sharding(place.mesh)), None)
+    assert metrics is not None and seen is not None
+    assert int(seen.tokens) == int(metrics.tokens)
+    np.testing.assert_allclose(seen.loss, metrics.loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    print("DROP", pattern, text)
+
+
 def check_exact(pattern: str, parts: str, *patterns: str) -> None:
     """Whoever trains which shard, the state is that of all workers alive, bit for bit, and that of the ordinary step."""
     cfg = config(pattern)

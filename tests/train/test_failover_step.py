@@ -71,6 +71,11 @@ def test_all_of_the_rank_and_nothing_skipped_trains_as_exact():
     assert "ALL" in worker("all", "*-", "0,12,3")
 
 
+@pytest.mark.slow
+def test_dropped_shards_are_not_there():
+    assert "DROP" in worker("drop", "-", "0,21,3")
+
+
 def test_other_axes_and_objectives_of_whole_batches_are_refused():
     def make(cfg, shape, **settings):
         place = Placement(abstract_mesh(MeshShape(**shape)))
