@@ -26,6 +26,8 @@ from parallel.failover.world import with_timeout
 
 # Exit code of a command line that cannot be run: starting it again would not help.
 USAGE = 2
+# Seconds that worker 0 has for its error message, once another worker has ended with that code.
+LAST_WORD = 20.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Supervisor:
         self.signals = 0
         self.dismissed = False
         self.fatal: int | None = None
+        self.fatal_until = 0.0
         self.hung: dict[int, str] = {}
         self._began: float | None = None
         self._why: list[dict[str, Any]] = []
@@ -116,7 +119,7 @@ class Supervisor:
             self.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
             self._catch_signals(stack)
             looked = time.monotonic()
-            while self.fatal is None and not self._all_ended():
+            while not self._all_ended() and not self._refused():
                 self._start_due()
                 for key, _ in self.selector.select(0.1):
                     key.data()
@@ -143,7 +146,7 @@ class Supervisor:
         if self.spare is None:
             self.spare = service = Service()
             self.selector.register(service, selectors.EVENT_READ, lambda: self._hear_service(service))
-        if self.roster.over or self.signals:
+        if self.roster.over or self.signals or self.fatal is not None:
             return
         for worker in self.roster.at("down"):
             if time.monotonic() >= self.start_at[worker.index]:
@@ -195,7 +198,7 @@ class Supervisor:
             inside = was == "inside"
         else:
             if self.roster.generation == 0 and code in (0, USAGE):
-                self.fatal = USAGE
+                self.fatal, self.fatal_until = USAGE, now + LAST_WORD
                 if code == 0:
                     self.journal.write("refused", worker=index, why="it ended without joining the run")
                 return
@@ -428,6 +431,10 @@ class Supervisor:
         for index, child in self.children.items():
             known = self.roster.workers[index].place not in ("starting", "down")
             child.signal(signal.SIGTERM if known and self.signals == 1 else signal.SIGKILL)
+
+    def _refused(self) -> bool:
+        """The command cannot be run; worker 0, whose output is seen, has some time to say so itself."""
+        return self.fatal is not None and (0 not in self.children or time.monotonic() > self.fatal_until)
 
     def _all_ended(self) -> bool:
         pending = self.roster.at("down") if not (self.signals or self.roster.over) else []

@@ -22,6 +22,7 @@ COMMANDS = {
         "jaxllm.cli.quickstart", "train a small model on this Python's own library in 5 minutes"
     ),
     "train": Command("jaxllm.cli.train", "train from a YAML file: your data, any preset, resumable"),
+    "launch": Command("jaxllm.cli.launch", "train with several processes that may die, hang and come back"),
     "generate": Command("jaxllm.cli.generate", "complete a prompt, token by token"),
     "eval": Command("jaxllm.cli.evaluate", "loss, bits per byte and baselines of a checkpoint"),
     "convert": Command("jaxllm.cli.convert", "Hugging Face folder to checkpoint and back", streams=True),
