@@ -13,7 +13,7 @@ def serve(address: str, nodes: int, heartbeat: int) -> Any:
         nodes: processes that will come.
         heartbeat: seconds without a sign after which a process counts as gone; one that comes back aborts itself.
     """
-    from jaxlib import _jax
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
     return _jax.get_distributed_runtime_service(
         address, nodes, heartbeat_timeout=heartbeat, shutdown_timeout=1, recoverable=True
@@ -22,7 +22,7 @@ def serve(address: str, nodes: int, heartbeat: int) -> Any:
 
 def register(address: str, rank: int, *, timeout: int, heartbeat: int) -> Any:
     """A client of the service, once all processes have come; jaxlib ends this process if they do not in ``timeout``."""
-    from jaxlib import _jax
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
     client = _jax.get_distributed_runtime_client(
         address,
