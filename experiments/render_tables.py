@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.tables import caches, kernels, parallel, training
+from experiments.tables import caches, failover, kernels, parallel, training
 from experiments.tables.text import TableError
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fcp_compute": parallel.fcp_compute,
     "fcp_pair": parallel.fcp_pair,
     "fcp_aot": parallel.fcp_aot,
+    "failover_simulator": failover.failover_simulator,
 }
 
 

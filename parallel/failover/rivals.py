@@ -1,7 +1,9 @@
 """Other systems that keep training when workers fail, as far as their arithmetic goes."""
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from parallel.failover.recovery import Cluster, Pace, Recovery
 from parallel.failover.schedule import HEALTHY, Stage, pipeline_units
@@ -77,8 +79,8 @@ class Oobleck(Recovery):
         if not lengths:
             return None
         items = cluster.replicas * cluster.micro
-        ends = self._dealt(cluster, tuple(lengths), items)
-        healthy = self._dealt(cluster, (cluster.stages,) * cluster.replicas, items)
+        ends = _dealt(cluster, self.layers, tuple(lengths), items)
+        healthy = _dealt(cluster, self.layers, (cluster.stages,) * cluster.replicas, items)
         # Stages of a healthy pipeline may be uneven too: that is no matter of failures.
         return Pace(cluster.step(cluster.units * ends / healthy))
 
@@ -99,27 +101,35 @@ class Oobleck(Recovery):
             lengths.sort()
         return lengths[::-1]
 
-    def _stages(self, cluster: Cluster, nodes: int) -> tuple[Stage, ...]:
-        """All layers over some nodes; the first ones have one more where they do not share them equally."""
-        layer = cluster.stages / self.layers
-        counts = [self.layers // nodes + (node < self.layers % nodes) for node in range(nodes)]
-        return tuple(
-            Stage(count * layer * HEALTHY.forward, count * layer * HEALTHY.backward) for count in counts
-        )
 
-    def _dealt(self, cluster: Cluster, lengths: tuple[int, ...], items: int) -> float:
-        """When the last pipeline is done if every micro-batch goes where it is done first."""
-        kinds = {nodes: self._stages(cluster, nodes) for nodes in lengths}
+def _stages(cluster: Cluster, layers: int, nodes: int) -> tuple[Stage, ...]:
+    """All layers over some nodes; the first ones have one more where they do not share them equally."""
+    layer = cluster.stages / layers
+    counts = [layers // nodes + (node < layers % nodes) for node in range(nodes)]
+    return tuple(Stage(count * layer * HEALTHY.forward, count * layer * HEALTHY.backward) for count in counts)
 
-        def done(nodes: int, micro: int) -> float:
-            return pipeline_units(kinds[nodes], micro, cluster.schedule)
 
-        # When each pipeline would be done with one micro-batch more; the earliest first.
-        queue = [(done(nodes, 1), index, 1) for index, nodes in enumerate(lengths)]
-        heapq.heapify(queue)
-        last = 0.0
-        for _ in range(items):
-            end, index, micro = queue[0]
-            last = max(last, end)
-            heapq.heapreplace(queue, (done(lengths[index], micro + 1), index, micro + 1))
-        return last
+@lru_cache(65536)
+def _dealt(cluster: Cluster, layers: int, lengths: Sequence[int], items: int) -> float:
+    """Units until the last pipeline is done if every micro-batch goes where it is done first.
+
+    Args:
+        cluster: whose stages and schedule they are.
+        layers: of the model.
+        lengths: nodes of each pipeline; a tuple.
+        items: micro-batches of all.
+    """
+    kinds = {nodes: _stages(cluster, layers, nodes) for nodes in lengths}
+
+    def done(nodes: int, micro: int) -> float:
+        return pipeline_units(kinds[nodes], micro, cluster.schedule)
+
+    # When each pipeline would be done with one micro-batch more; the earliest first.
+    queue = [(done(nodes, 1), index, 1) for index, nodes in enumerate(lengths)]
+    heapq.heapify(queue)
+    last = 0.0
+    for _ in range(items):
+        end, index, micro = queue[0]
+        last = max(last, end)
+        heapq.heapreplace(queue, (done(lengths[index], micro + 1), index, micro + 1))
+    return last
