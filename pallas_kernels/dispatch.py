@@ -28,6 +28,7 @@ IMPLEMENTATIONS = {
     "grouped_matmul": ("xla", "reference"),
     "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),
     "paged_attention.page_scores": ("xla", "reference"),
+    "quantized_matmul": ("xla", "reference"),
     "ssd": ("xla", "reference"),
     "ssd.window": ("xla", "reference"),
 }

@@ -1,0 +1,25 @@
+"""Matrix products with weights in 4 or 8 bits and a scale per group of inputs, and with activations in 8 bits."""
+
+from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.codes import (
+    QuantizedRows,
+    QuantizedWeight,
+    dequantize_rows,
+    dequantize_weight,
+    pack_codes,
+    quantize_rows,
+    quantize_weight,
+    unpack_codes,
+)
+
+__all__ = [
+    "QuantizedRows",
+    "QuantizedWeight",
+    "dequantize_rows",
+    "dequantize_weight",
+    "pack_codes",
+    "quantize_rows",
+    "quantize_weight",
+    "quantized_matmul",
+    "unpack_codes",
+]

@@ -1,0 +1,95 @@
+"""Public entry of the quantised matrix product, and its argument checks."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.arguments import require, require_operand_dtype, require_shape
+from pallas_kernels.quantized_matmul.codes import GROUPS, QuantizedRows, QuantizedWeight
+
+_FLOATS = ("bfloat16", "float16", "float32")
+# So many products of two codes of 8 bits may not fit into 32 bits.
+_MOST_INPUTS = 2**31 // 128**2
+
+
+def _check_weight(w: QuantizedWeight) -> None:
+    require(w.bits in (4, 8), "w.bits", w.bits, "4 or 8")
+    wanted = "uint8" if w.bits == 4 else "int8"
+    how = "two codes to a byte, see pack_codes" if w.bits == 4 else "one code a byte"
+    require(
+        w.codes.dtype == wanted, "w.codes.dtype", w.codes.dtype.name, f"{wanted} with {w.bits} bits, {how}"
+    )
+    require(w.codes.ndim == 2, "w.codes.shape", w.codes.shape, "two dimensions, outputs first")
+    require(w.scale.ndim == 2, "w.scale.shape", w.scale.shape, "two dimensions [K / group, N]")
+    N, K = w.shape
+    groups = w.scale.shape[0]
+    allowed = f"[K / group, N] of K = {K} inputs and N = {N} outputs, the group one of {GROUPS} or all K"
+    fits = groups > 0 and K % groups == 0 and (groups == 1 or K // groups in GROUPS)
+    require(
+        fits and w.scale.shape[1] == N, "w.scale.shape", w.scale.shape, f"{allowed}; transpose it if need be"
+    )
+    require(w.scale.dtype.name in _FLOATS, "w.scale.dtype", w.scale.dtype.name, f"one of {_FLOATS}")
+    if w.offset is not None:
+        require_shape("w.offset", w.offset, w.scale.shape, "K / group, N")
+        require(w.offset.dtype.name in _FLOATS, "w.offset.dtype", w.offset.dtype.name, f"one of {_FLOATS}")
+
+
+def _check_rows(x: QuantizedRows, w: QuantizedWeight) -> None:
+    require(x.codes.dtype == jnp.int8, "x.codes.dtype", x.codes.dtype.name, "int8; see quantize_rows")
+    require(x.scale.ndim == 2, "x.scale.shape", x.scale.shape, "two dimensions [M, 1] or [M, K / group]")
+    M, groups = x.shape[0], w.scale.shape[0]
+    allowed = f"({M}, 1) or ({M}, {groups}), a scale a row or one for each group of the weights"
+    require(x.scale.shape in ((M, 1), (M, groups)), "x.scale.shape", x.scale.shape, allowed)
+    require(x.scale.dtype == jnp.float32, "x.scale.dtype", x.scale.dtype.name, "float32")
+    allowed = f"below {_MOST_INPUTS}, for int32 sums are exact no further; use groups"
+    require(w.group < _MOST_INPUTS, "K / w.scale.shape[0]", w.group, allowed)
+
+
+def quantized_matmul(
+    x: Float[Array, "M K"] | QuantizedRows,
+    w: QuantizedWeight,
+    *,
+    operand_dtype: DTypeLike | None = None,
+    out_dtype: DTypeLike | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "M N"]:
+    """``y = x @ W.T`` where W is stored in 4 or 8 bits.
+
+    With float x (W4A16, W8A16) the values of the weights are multiplied. With quantised rows (W8A8, W4A8) the codes are:
+    ``y[m, n] = sum_g (sum of products of codes in group g) * (x.scale[m, g] * w.scale[g, n])``, the inner sums exact in
+    int32, the scales multiplied in float32 (in float16, as in Atom's kernel, they could underflow).
+
+    Source: Atom (arXiv 2310.19102), sections B and E of its arithmetic, without the outlier channels.
+
+    Differentiable by x, or by the scale of quantised rows, and by scale and offset of the weights. Codes are integers and
+    have no gradient.
+
+    Args:
+        x: rows, or quantised rows, which several products may share.
+        w: the weights; groups of 32, 64 or 128 inputs, or one a row.
+        operand_dtype: dtype to which x, the values of W and the cotangents are rounded (sums are float32); None keeps
+            that of x. Not with quantised rows, which are multiplied as integers.
+        out_dtype: dtype of y; None: that of x, or float32 for quantised rows.
+        implementation: "auto", "mosaic_gpu", "xla" or "reference".
+
+    Raises:
+        ValueError: a shape, a dtype or ``implementation`` is not as above.
+    """
+    _check_weight(w)
+    coded = isinstance(x, QuantizedRows)
+    ndim = (x.codes if coded else x).ndim
+    require(ndim == 2, "x.shape", x.shape, "two dimensions [M, K]; reshape the leading ones to one")
+    require(x.shape[1] == w.shape[1], "x.shape", x.shape, f"K (second) to be {w.shape[1]}, as in w [N, K]")
+    require_operand_dtype(operand_dtype)
+    if coded:
+        _check_rows(x, w)
+        given = None if operand_dtype is None else jnp.dtype(operand_dtype).name
+        require(given is None, "operand_dtype", given, "None with quantised rows, whose codes are multiplied")
+    else:
+        require(x.dtype.name in _FLOATS, "x.dtype", x.dtype.name, f"one of {_FLOATS}, or QuantizedRows")
+    out = jnp.dtype(out_dtype or (jnp.float32 if coded else x.dtype))
+    require(out.name in _FLOATS, "out_dtype", out.name, f"None or one of {_FLOATS}")
+    options = {"operand_dtype": operand_dtype, "out_dtype": out}
+    module = dispatch.choose("quantized_matmul", implementation, x, w, **options)
+    return module.run(x, w, **options)
