@@ -29,7 +29,7 @@ IMPLEMENTATIONS = {
     "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),
     "paged_attention.page_scores": ("xla", "reference"),
     "quantized_matmul": ("xla", "reference"),
-    "ssd": ("xla", "reference"),
+    "ssd": ("mosaic_gpu", "xla", "reference"),
     "ssd.window": ("xla", "reference"),
 }
 # These run wherever XLA does.

@@ -12,27 +12,31 @@ import jax.numpy as jnp
 from pallas_kernels import compat
 
 
-def mma(acc: jax.Array | None, a: Any, b: Any, *, transpose_b: bool = False) -> jax.Array:
+def mma(
+    acc: jax.Array | None, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False
+) -> jax.Array:
     """``acc + a @ b`` in float32 on the tensor cores of one warpgroup, waited for.
 
     Args:
         acc: [M, N] in registers, M a multiple of 64, N of 8 and at most 256; None: zeros.
-        a: [M, K], a ref in shared memory or a value in registers of layout WGMMA.
+        a: [M, K], a ref in shared memory or a value in registers of layout WGMMA; with ``transpose_a`` a ref [K, M].
         b: a ref in shared memory, [K, N], or [N, K] with ``transpose_b``.
+        transpose_a: contract the major dimension of a.
         transpose_b: contract the minor dimension of b.
     """
-    rows, columns = a.shape[0], b.shape[0 if transpose_b else 1]
+    rows, columns = a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1]
     if compat.interpreting():
         left, right = a[...], b[...]
         # The reads above are the proxy's in hardware; without a fence a later TMA into b would count as a race.
         compat.plgpu.commit_smem()
-        dims = (((1,), (1 if transpose_b else 0,)), ((), ()))
+        dims = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
         out = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
         return out if acc is None else acc + out
+    left = a.transpose((1, 0)) if transpose_a else a
     right = b.transpose((1, 0)) if transpose_b else b
 
     def product(total: Any) -> Any:
-        compat.plgpu.wgmma(total, a, right)
+        compat.plgpu.wgmma(total, left, right)
         return total[...] if acc is None else None
 
     if acc is None:

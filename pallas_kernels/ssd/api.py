@@ -46,7 +46,8 @@ def ssd(
             less where that is faster.
         operand_dtype: dtype to which the operands and cotangents of the chunk matmuls are rounded (sums are
             float32); None: float32. Decays and states are float32 always, and so is all of a one-token call.
-        implementation: "auto", "xla" or "reference".
+        implementation: "auto", "mosaic_gpu" (Hopper; bfloat16 operands, P and N of 64 or 128, chunks of at least 64,
+            more than one token), "xla" or "reference".
 
     Returns:
         y in the dtype of x (finite on padding, otherwise unspecified there), and the float32 state after each

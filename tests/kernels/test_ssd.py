@@ -253,7 +253,11 @@ def test_agrees_with_the_chunk_scan_of_transformers():
         ),
         ({"chunk_size": 0}, "chunk_size=0: expected at least 1"),
         ({"operand_dtype": jnp.int8}, "operand_dtype='int8'"),
-        ({"implementation": "mosaic_gpu"}, "implementation='mosaic_gpu': expected one of 'auto', 'xla'"),
+        (
+            {"implementation": "triton"},
+            "implementation='triton': expected one of 'auto', 'mosaic_gpu', 'xla'",
+        ),
+        ({"implementation": "mosaic_gpu"}, "mosaic_gpu: it needs a Hopper GPU, not cpu"),
         ({"implementation": "reference", "operand_dtype": jnp.bfloat16}, "cannot run this call of ssd"),
     ],
 )
