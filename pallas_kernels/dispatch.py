@@ -20,9 +20,9 @@ from pallas_kernels.target import Target, target
 # Fastest first: ``auto`` takes the first that fits the device, is verified on it, and supports the call.
 IMPLEMENTATIONS = {
     "attention": ("mosaic_gpu", "cudnn", "xla", "reference"),
-    "causal_conv": ("xla", "reference"),
+    "causal_conv": ("mosaic_gpu", "xla", "reference"),
     "causal_conv.window": ("xla", "reference"),
-    "dynamic_conv": ("xla", "reference"),
+    "dynamic_conv": ("mosaic_gpu", "xla", "reference"),
     "gated_delta": ("xla", "reference"),
     "gated_delta.window": ("xla", "reference"),
     "grouped_matmul": ("xla", "reference"),

@@ -19,6 +19,8 @@ from pallas_kernels.tiles import file_of
 SHIPPED = Path(__file__).parent / "records"
 # What every kernel is built of, beside the files of its own op.
 _SHARED = ("compat.py", "mosaic.py", "tiles.py")
+# And the ops whose kernels, or parts of them, it takes.
+_BORROWED = {"dynamic_conv": ("causal_conv",), "paged_attention": ("attention",)}
 
 
 def local() -> Path:
@@ -31,10 +33,11 @@ def local() -> Path:
 def sources(op: str) -> str:
     """Hash of what an op's kernels are made of; its reference, its XLA path and its cases are not."""
     root = Path(__file__).parent
-    folder = root.joinpath(*op.split("."))
-    own = [f for f in folder.glob("*.py") if f.name not in ("reference.py", "xla.py", "cases.py")]
+    folders = [root.joinpath(*name.split(".")) for name in (op, *_BORROWED.get(op, ()))]
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    own = [file for file in files if file.name not in ("reference.py", "xla.py", "cases.py")]
     digest = hashlib.sha256()
-    for file in sorted([*own, *(root / name for name in _SHARED)]):
+    for file in [*own, *(root / name for name in _SHARED)]:
         digest.update(file.name.encode() + b"\\0" + file.read_bytes() + b"\\0")
     return digest.hexdigest()[:16]
 

@@ -32,7 +32,7 @@ def causal_conv(
             s - 1. None: zeros.
         num_segments: n of the final state. None: n of ``initial_state``, or no final state.
         activation: "silu", or None for the identity.
-        implementation: "auto", "xla" or "reference".
+        implementation: "auto", "mosaic_gpu" (Hopper), "xla" or "reference".
 
     Returns:
         y in the dtype of x (finite on padding, otherwise unspecified there), and the last k-1 raw inputs of each

@@ -123,7 +123,10 @@ def test_bfloat16_inputs_give_bfloat16_outputs_summed_in_float32():
         ({"num_segments": 2}, "num_segments=2"),
         ({"num_segments": 0}, "num_segments=0"),
         ({"activation": "relu"}, "activation='relu': expected 'silu'"),
-        ({"implementation": "triton"}, "implementation='triton': expected one of 'auto', 'xla', 'reference'"),
+        (
+            {"implementation": "triton"},
+            "implementation='triton': expected one of 'auto', 'mosaic_gpu', 'xla', 'reference'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(own_checks, change, message):
