@@ -41,7 +41,7 @@ def test_exact_is_bit_for_bit_the_undisturbed_run():
 @pytest.mark.slow
 def test_exact_for_every_number_of_workers():
     patterns = "0,12,3", "2301"
-    assert worker("exact", "M-", "2", *patterns, optimise=True).count("EXACT") == len(patterns)
+    assert worker("exact", "M-", "1", *patterns, optimise=True).count("EXACT") == len(patterns)
 
 
 @pytest.mark.nightly
