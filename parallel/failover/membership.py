@@ -11,7 +11,7 @@ from parallel.failover.channel import Lines
 from parallel.failover.world import World
 
 # What the supervisor leaves in a worker's environment.
-SUPERVISOR, TOKEN = "FAILOVER_SUPERVISOR", "FAILOVER_TOKEN"
+SUPERVISOR, TOKEN, RESTARTS = "FAILOVER_SUPERVISOR", "FAILOVER_TOKEN", "FAILOVER_RESTARTS"
 WORKER, WORKERS, BEAT = "FAILOVER_WORKER", "FAILOVER_WORKERS", "FAILOVER_BEAT"
 # Exit code of a worker whose supervisor has gone.
 ORPHAN = 75
@@ -57,6 +57,7 @@ class Member:
         self.world: World | None = None
         self._published: World | None = None
         self._complete = self._asked_to_leave = self._dismissed = False
+        self._together = False
         self._entered = -1
         self._send("hello", token=given[TOKEN], worker=self.worker, pid=os.getpid())
         threading.Thread(target=self._listen, name="membership", daemon=True).start()
@@ -83,9 +84,9 @@ class Member:
             step: batches that the state of this process was trained on; None: it has no state.
         """
         while True:
-            if self.world is not None:
-                self.world = None
-                worlds.leave()
+            self.world, self._entered = None, -1
+            # Devices that were asked for before there was a world are none of it.
+            worlds.leave()
             with self._news:
                 self._published, self._complete, self._asked_to_leave = None, False, False
                 # Under the lock: what is published next is meant for this readiness.
@@ -106,6 +107,18 @@ class Member:
                 self.failed(error)
                 continue
             return world
+
+    def together(self) -> bool:
+        """Wait until all members of the world are here, or False at once when it has to change.
+
+        The supervisor counts them, so that it does not matter how long somebody takes: before the first collective of a
+        step, which has a bound, everybody must have compiled it.
+        """
+        with self._news:
+            self._together = False
+            self._send("here", generation=self.generation)
+            self._news.wait_for(lambda: self._together or self._asked_to_leave)
+            return not self._asked_to_leave
 
     def stepping(self, step: int) -> None:
         """Note that the main thread begins step ``step``: one that does not while others do counts as hung."""
@@ -154,6 +167,8 @@ class Member:
             )
         elif message["kind"] == "complete":
             self._complete = True
+        elif message["kind"] == "together":
+            self._together = True
         elif message["kind"] == "leave":
             self._asked_to_leave = True
         elif message["kind"] == "bye":

@@ -25,6 +25,7 @@ class Worker:
         told_at: when.
         failed: newest generation in which it said that a step failed.
         stepped: newest generation in which it has made a step.
+        here: the newest world if it waits there for all members to come to the same place.
         restarts: so far.
     """
 
@@ -40,12 +41,8 @@ class Worker:
     told_at: float = 0.0
     failed: int = 0
     stepped: int = 0
+    here: int = 0
     restarts: int = 0
-
-    @property
-    def alive(self) -> bool:
-        """It has a process."""
-        return self.place not in ("down", "gone")
 
 
 @dataclass
@@ -78,6 +75,12 @@ class Roster:
         """Every member of the newest world has come to its service, and lives."""
         inside = self.at("inside", "done")
         return bool(inside) and not self.lost and all(each.connected >= self.generation for each in inside)
+
+    @property
+    def together(self) -> bool:
+        """Every member of the newest world waits for the others."""
+        inside = self.at("inside")
+        return bool(inside) and not self.lost and all(each.here == self.generation for each in inside)
 
     @property
     def settled(self) -> bool:

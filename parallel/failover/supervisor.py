@@ -158,6 +158,7 @@ class Supervisor:
             membership.TOKEN: self.token,
             membership.WORKER: str(worker.index),
             membership.WORKERS: str(self.options.workers),
+            membership.RESTARTS: str(worker.restarts),
             membership.BEAT: str(self.options.heartbeat / 10),
             "XLA_FLAGS": with_timeout(self.environment.get("XLA_FLAGS", ""), self.options.collective_timeout),
         }
@@ -291,10 +292,13 @@ class Supervisor:
                 worker.place, worker.step = "waiting", message["step"]
             elif kind == "beat":
                 entered = (message["generation"], message["entered"])
-                if entered != worker.entered:
+                # Between worlds it is in none.
+                if entered > worker.entered:
                     worker.entered, worker.entered_at = entered, now
             elif kind == "connected":
                 worker.connected = message["generation"]
+            elif kind == "here":
+                worker.here = message["generation"]
             elif kind == "stepped":
                 worker.stepped, worker.step = message["generation"], message["step"]
             elif kind == "failed":
@@ -325,6 +329,18 @@ class Supervisor:
 
     def _settle(self) -> None:
         roster, now = self.roster, time.monotonic()
+        if self._recovering and roster.settled and roster.generation and roster.at("inside", "done"):
+            self._recovering = False
+            steps = [worker.step for worker in roster.at("inside", "done") if worker.step is not None]
+            self.journal.write(
+                "recovered",
+                generation=roster.generation,
+                members=list(roster.members),
+                why=self._why,
+                recovery_s=0.0 if self._began is None else now - self._began,
+                step=min(steps, default=None),
+            )
+            self._began, self._why = None, []
         for worker in roster.to_tell():
             if self._began is None:
                 waiting = ", ".join(str(each.index) for each in roster.at("waiting"))
@@ -339,19 +355,11 @@ class Supervisor:
             self._completed = True
             for worker in roster.at("inside"):
                 self._say(worker, kind="complete")
+        if roster.together:
+            for worker in roster.at("inside"):
+                worker.here = 0
+                self._say(worker, kind="together")
         self._form()
-        if self._recovering and roster.settled and roster.generation and roster.at("inside", "done"):
-            self._recovering = False
-            steps = [worker.step for worker in roster.at("inside", "done") if worker.step is not None]
-            self.journal.write(
-                "recovered",
-                generation=roster.generation,
-                members=list(roster.members),
-                why=self._why,
-                recovery_s=0.0 if self._began is None else now - self._began,
-                step=min(steps, default=None),
-            )
-            self._began, self._why = None, []
         if roster.finished and not self.dismissed:
             self.dismissed = True
             for worker in roster.workers:

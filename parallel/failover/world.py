@@ -26,6 +26,27 @@ class World:
     address: str
 
 
+# Of the messages of an operation that failed because a peer has gone, or was too slow.
+_MARKS = (
+    "gloo",
+    "connection closed",
+    "connection reset",
+    "coordination",
+    "nccl",
+    "collective",
+    "deadline_exceeded",
+    "unavailable",
+)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an operation failed for another process's sake: a fault of this one must not be tried again and again."""
+    if not isinstance(error, RuntimeError | ValueError):
+        return False
+    text = str(error).lower()
+    return any(mark in text for mark in _MARKS)
+
+
 def with_timeout(flags: str, seconds: int) -> str:
     """XLA_FLAGS with the bound of collectives; one that stands there already stays."""
     return flags if TIMEOUT_FLAG in flags else f"{flags} {TIMEOUT_FLAG}={seconds}".strip()

@@ -44,8 +44,6 @@ def test_what_stands_after_the_dashes_is_the_workers():
     assert parsed.command == ("jaxllm", "train", "x.yaml", "--", "y")
 
 
-def test_a_command_that_does_not_join_is_refused(tmp_path, capfd):
-
-    shown = launch.run(launch.Launch(launch.Args(workers=2, folder=tmp_path), ("true",)))
-    assert shown == 2
-    assert '"refused"' in (tmp_path / "membership.jsonl").read_text()
+def test_a_command_that_does_not_join_is_refused(tmp_path, process):
+    shown = process("launch", "--workers", "2", "--folder", str(tmp_path), "--", "true")
+    assert shown.code == 2 and "ended without joining" in shown.err and "Traceback" not in shown.err

@@ -27,6 +27,9 @@ class Args:
         out: the run's folder, instead of the file's.
         resume: go on from the newest checkpoint in the run's folder.
         profile: FROM:TO, steps to trace with jax.profiler, into the run's folder.
+        failover: survive workers that die, under `jaxllm launch`: mecefo, exact or drop, what becomes of their rows.
+        failover_rank: of the weight gradients of who does two jobs; a sixteenth of the model's width unless given.
+        failover_refresh: steps after which the bases of these gradients are made anew.
         debug_nans: stop at the first operation that makes a NaN; slow.
         example: print a file to start from, and nothing else.
     """
@@ -38,6 +41,9 @@ class Args:
     out: Path | None = None
     resume: bool = False
     profile: str | None = None
+    failover: str | None = None
+    failover_rank: int | None = None
+    failover_refresh: int = 100
     debug_nans: bool = False
     example: bool = False
 
@@ -78,6 +84,9 @@ def configure(args: Args) -> "TrainRun":
     )
     run = replace(run, trainer=trainer, out=args.out or run.out)
     run_folder.check(run.out, "out")
+    if int(os.environ.get("FAILOVER_RESTARTS", "0")):
+        # Started again in the middle of its run: whatever the folder holds is of that.
+        return run
     saved = (run.out / "checkpoints").is_dir()
     if saved and not args.resume:
         raise UserError(
@@ -118,8 +127,34 @@ def run(args: Args) -> int:
 
         print(example(), end="")
         return 0
+    supervised = "FAILOVER_SUPERVISOR" in os.environ
+    if supervised != (args.failover is not None):
+        allowed = "mecefo, exact or drop, in a command that `jaxllm launch` starts, and only there"
+        hint = "For example: jaxllm launch --workers 4 -- jaxllm train run.yaml --failover mecefo"
+        raise UserError("--failover", args.failover, allowed, hint)
+    if args.failover is not None:
+        return _run_supervised(args, args.failover)
     join_processes()
     configured = configure(args)
     from jaxllm.cli.train_session import train
 
     return train(configured)
+
+
+def _run_supervised(args: Args, method: str) -> int:
+    """Train as one of the workers of a supervisor."""
+    from jaxllm.config import ConfigError
+    from parallel.failover.membership import Member, MembershipError
+
+    configured = configure(args)
+    from jaxllm.cli.train_session import Supervised, train
+    from jaxllm.train.elastic import check_elastic
+    from jaxllm.train.failover import FailoverSettings
+
+    settings = FailoverSettings(method, rank=args.failover_rank, refresh=args.failover_refresh)
+    try:
+        member = Member()
+    except MembershipError as error:
+        raise ConfigError(str(error)) from error
+    check_elastic(configured.trainer, member.workers, configured.data.batch_size)
+    return train(configured, Supervised(member, settings))

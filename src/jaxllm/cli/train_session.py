@@ -1,6 +1,9 @@
 """What ``jaxllm train`` does: data, model, training, export, and a closing table."""
 
+from typing import NamedTuple
+
 import jax
+import numpy as np
 from rich.console import Console
 
 from jaxllm import hf
@@ -19,9 +22,12 @@ from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import PreparedData, prepare_data
 from jaxllm.generation.folders import load
 from jaxllm.model.functional import LanguageModel, Params, stack
+from jaxllm.train.elastic import elastic_fit
+from jaxllm.train.failover import FailoverSettings
 from jaxllm.train.placement import gathered, placement
 from jaxllm.train.settings import FitResult
 from jaxllm.train.trainer import fit
+from parallel.failover.membership import Member
 from parallel.mesh import row_share
 from parallel.sharding import Placement
 
@@ -44,9 +50,18 @@ def model_for(run: TrainRun, data: PreparedData) -> ModelConfig:
     return cfg
 
 
-def train(run: TrainRun) -> int:
+class Supervised(NamedTuple):
+    """This process is one of a supervisor's workers, and what it does about those that die."""
+
+    member: Member
+    failover: FailoverSettings
+
+
+def train(run: TrainRun, supervised: Supervised | None = None) -> int:
     """Train, export and report; the exit code is 130 after Ctrl-C."""
-    console = make_console(quiet=jax.process_index() != 0)
+    # Before the first world there is one process, and its devices are none of that world.
+    first = supervised.member.worker == 0 if supervised is not None else jax.process_index() == 0
+    console = make_console(quiet=not first)
     initial = None if run.init is None else load(run.init)
     tokenizer = run.data.tokenizer or (initial and initial.tokenizer)
     if initial is not None and tokenizer is None:
@@ -65,14 +80,14 @@ def train(run: TrainRun) -> int:
     console.print(
         f"model  {cfg.pattern}: {count(total)} parameters ({short(total)}), vocabulary {count(cfg.vocab_size)}"
     )
-    first = jax.process_index() == 0
     if first:
         run.out.mkdir(parents=True, exist_ok=True)
         (run.out / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
         data.tokenizer.save(run.out)
-    place = placement(cfg, run.trainer.mesh)
+    place = None if supervised is not None else placement(cfg, run.trainer.mesh)
     params = None if initial is None else initial.params
-    result, validation, watcher = _fit(run, cfg, data, console, params, place)
+    result, validation, watcher = _fit(run, cfg, data, console, params, place, supervised)
+    first = jax.process_index() == 0
     if result.interrupted is not None:
         console.print(
             f"\nStopped at step {count(result.step)} ({result.interrupted}); everything is saved. Go on with:\n"
@@ -108,6 +123,7 @@ def _fit(
     console: Console,
     params: Params | None,
     place: Placement | None,
+    supervised: Supervised | None,
 ) -> tuple[FitResult, Validation, Watcher]:
     batches = run.data
     # Devices that share documents have tokens of all their group's rows: every process then reads the whole batch.
@@ -122,19 +138,36 @@ def _fit(
         process_index=share[0],
         process_count=share[1],
     )
-    validation = Validation(
-        cfg,
-        data.validation,
-        data.tokenizer,
-        batch_size=batches.batch_size,
-        seq_len=batches.seq_len,
-        part=batches.evaluation_tokens,
-        place=place,
-        context=run.trainer.context,
-    )
+
+    def make_validation() -> Validation:
+        return Validation(
+            cfg,
+            data.validation,
+            data.tokenizer,
+            batch_size=batches.batch_size,
+            seq_len=batches.seq_len,
+            part=batches.evaluation_tokens,
+            place=place,
+            context=run.trainer.context,
+        )
+
+    validation = make_validation()
     display = TrainingDisplay(console, validation.bits_per_nat)
     watcher = Watcher(display, run.trainer.seconds if run.trainer.steps is None else None)
     with display:
+        if supervised is not None:
+            result = elastic_fit(
+                *supervised,
+                cfg,
+                run.optim,
+                loader,
+                run.trainer,
+                folder=run.out,
+                evaluation=lambda: make_validation().partial,
+                callbacks=[watcher],
+                params=None if params is None else jax.tree.map(np.asarray, params),
+            )
+            return result, validation, watcher
         result = fit(
             cfg,
             run.optim,

@@ -1,6 +1,6 @@
 """Batches in a deterministic endless order, resumable to the exact next one, readable in slices by any process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,20 @@ class Loader:
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
         return self._share.batch_size * self.rows.seq_len
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the global batch."""
+        return self._share.batch_size
+
+    def rows_at(self, step: int, rows: Iterable[int]) -> PackedBatch:
+        """Any rows of the global batch of a step, NumPy leaves; -1 stands for padding. Does not move the loader."""
+        first = step * self.batch_size
+        found = [
+            empty_row(self.rows.seq_len, self.rows.depths) if row < 0 else self.rows[first + int(row)]
+            for row in rows
+        ]
+        return PackedBatch(**{name: np.stack([row[name] for row in found]) for name in found[0]})
 
     def _batches(self) -> Any:
         if self._dataset is None:

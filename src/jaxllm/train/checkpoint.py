@@ -71,13 +71,16 @@ class Checkpoints:
     donated to the next step at once. Killed at any moment, the folder holds at least the last sealed checkpoint.
     """
 
-    def __init__(self, folder: Path | str, *, max_to_keep: int = 3, background: bool = True):
+    def __init__(
+        self, folder: Path | str, *, max_to_keep: int = 3, background: bool = True, alone: bool = False
+    ):
         """Reads nothing and writes nothing yet.
 
         Args:
             folder: created by the first save.
             max_to_keep: newest checkpoints that stay; at least 2, or a kill during a save could leave none.
             background: False makes ``save`` return when the checkpoint is complete.
+            alone: this process writes the whole state, NumPy leaves, without the other processes of the run.
 
         Raises:
             ValueError: ``max_to_keep`` is below 2, or the path has a bracket (ConfigError).
@@ -92,6 +95,7 @@ class Checkpoints:
         require("[" not in str(self.folder), "folder", str(self.folder), "must be a path without '['")
         self.max_to_keep = max_to_keep
         self.background = background
+        self.alone = alone
         self._manager: Any = None
         self._sealer: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -124,7 +128,17 @@ class Checkpoints:
 
         deferred = any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(state))
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self.max_to_keep)
+            several = ocp.options.MultiprocessingOptions()
+            if self.alone:
+                rank = jax.process_index()
+                several = ocp.options.MultiprocessingOptions(
+                    primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"alone{rank}"
+                )
+            # With a list of processes Orbax leaves the folder to its caller.
+            self._steps.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.max_to_keep, multiprocessing_options=several, create=not self.alone
+            )
             handlers: dict[str, Any] = {"item_names": ("state", "meta")}
             if deferred:
                 handlers = {"item_handlers": {"state": one_by_one(), "meta": ocp.JsonCheckpointHandler()}}
@@ -145,7 +159,7 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if self.alone or jax.process_index() == 0:
                 seal(self._steps / str(step), self._manifest(step))
                 kept = set(_steps_under(self._steps))
                 for manifest in self._manifest(step).parent.glob("*.json"):

@@ -25,7 +25,7 @@ from jaxllm.train.report import Pending, Reporter
 from jaxllm.train.seal import write_atomically
 from jaxllm.train.settings import FitResult, TrainSettings
 from jaxllm.train.state import TrainPlan, TrainState, abstract_state, init_state, state_of
-from jaxllm.train.step import make_train_step
+from jaxllm.train.step import Metrics, make_train_step
 from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter
 from parallel.context.scattered import Scattered
 from parallel.distributed import agreed
@@ -75,11 +75,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.evaluate, self.resume, self.initial, self.files = evaluate, resume, params, files or {}
         self.reporter = Reporter(cfg, settings, list(callbacks))
-        self.place = placement(cfg, settings.mesh)
-        self._slices = 1 if self.place is None else row_share(self.place.mesh)[1]
-        self.scatterer = self._scatterer()
-        if self.scatterer is not None:
-            self.loader = Ahead(loader, self.scatterer)
+        self._take_devices()
         self.step = 0
         self.values: dict[str, float] = {}
         self.checkpoints: Checkpoints | None = None
@@ -91,6 +87,14 @@ class Trainer:
         self._resumed: int | None = None
         self._stopped: str | None = None
         self._agreed: float | None = None
+
+    def _take_devices(self) -> None:
+        self.place = placement(self.cfg, self.settings.mesh)
+        self._slices = 1 if self.place is None else row_share(self.place.mesh)[1]
+        self.scatterer = self._scatterer()
+        if self.scatterer is not None:
+            assert not isinstance(self.loader, Ahead)
+            self.loader = Ahead(self.loader, self.scatterer)
 
     def run(self) -> FitResult:
         """Train to the end, or to a signal."""
@@ -111,13 +115,21 @@ class Trainer:
                 if is_out_of_memory(error):
                     raise out_of_memory(self._memory(), error) from error
                 raise
-            interrupted = None if self._over() else request.name or self._stopped
-            if interrupted is None:
-                self._evaluate(state)
-            self._save(state)
+            interrupted = self._close(state, request)
+        return self._result(state.params, interrupted)
+
+    def _close(self, state: TrainState, request: StopRequest) -> str | None:
+        """The last evaluation and checkpoint; what interrupted the run."""
+        interrupted = None if self._over() else request.name or self._stopped
+        if interrupted is None:
+            self._evaluate(state)
+        self._save(state)
+        return interrupted
+
+    def _result(self, params: Params, interrupted: str | None) -> FitResult:
         last = self.reporter.last
         return FitResult(
-            *unstack(self.cfg, state.params),
+            *unstack(self.cfg, params),
             self.step,
             self.reporter.clock.elapsed,
             self.reporter.tokens_seen,
@@ -144,7 +156,7 @@ class Trainer:
         """The state to begin with: of the newest checkpoint if there is one, else new."""
         shardings = None if self.place is None else state_shardings(self.cfg, self.optim, self.place)
         if self.folder is not None:
-            self.checkpoints = Checkpoints(self.folder / "checkpoints", max_to_keep=self.settings.keep)
+            self.checkpoints = self._open_checkpoints(self.folder)
             restored = self._restore(self.checkpoints, shardings)
             if restored is not None:
                 return restored
@@ -158,6 +170,9 @@ class Trainer:
         if shardings is not None:
             params = jax.device_put(params, shardings.params)
         return state_of(params, self.optim, seed, shardings)
+
+    def _open_checkpoints(self, folder: Path) -> Checkpoints:
+        return Checkpoints(folder / "checkpoints", max_to_keep=self.settings.keep)
 
     def _restore(self, checkpoints: Checkpoints, shardings: TrainState | None) -> TrainState | None:
         if checkpoints.steps() and not self.resume:
@@ -207,7 +222,7 @@ class Trainer:
                 self._compile(state, *given)
         batch_ready = not self._over()
         self._keep_together(request)
-        while not self._over() and self._stopped is None:
+        while self._goes_on():
             begin = time.perf_counter()
             if not batch_ready:
                 given = self._next()
@@ -218,7 +233,7 @@ class Trainer:
             batch, scattered = given
             placed = time.perf_counter()
             self.reporter.start_trace(self.step, str((self.folder or Path()) / "profile"))
-            state, metrics = self._compiled(state, batch, self._plan(scattered))
+            state, metrics = self._advance(state, batch, self._plan(scattered))
             dispatched = time.perf_counter()
             self.step += 1
             self.reporter.enqueue(
@@ -228,6 +243,14 @@ class Trainer:
             self._keep_together(request)
         self.reporter.flush()
         return state
+
+    def _goes_on(self) -> bool:
+        return not self._over() and self._stopped is None
+
+    def _advance(
+        self, state: TrainState, batch: PackedBatch, plan: TrainPlan | None
+    ) -> tuple[TrainState, Metrics]:
+        return self._compiled(state, batch, plan)
 
     @property
     def _now(self) -> float:
@@ -263,13 +286,17 @@ class Trainer:
     def _compile(self, state: TrainState, batch: PackedBatch, scattered: Scattered | None) -> None:
         begin = time.perf_counter()
         debug = self.settings.debug_nans
-        step = make_train_step(self.cfg, self.optim, self.settings.step, place=self.place, donate=not debug)
+        step = self._make_step()
         # Compiled ahead, so that the clock starts at the first step; jax_debug_nans needs the traced function.
         self._compiled = step if debug else step.lower(state, batch, self._plan(scattered)).compile()
         self._compiled_for = _program((batch, scattered))
         count = sum(leaf.size for leaf in flatten(state.params).values())
         self.reporter.emit(CompileEvent(time.perf_counter() - begin, count, self._resumed))
         self._resumed = None
+
+    def _make_step(self) -> Any:
+        donate = not self.settings.debug_nans
+        return make_train_step(self.cfg, self.optim, self.settings.step, place=self.place, donate=donate)
 
     @property
     def progress(self) -> float | None:
@@ -315,16 +342,19 @@ class Trainer:
             return
         self.reporter.flush()
         with self.reporter.clock.paused():
-            meta = {
-                "model": self.cfg.to_dict(),
-                "optim": self.optim.to_dict(),
-                "loader": self.loader.state(),
-                "tokens_seen": self.reporter.tokens_seen,
-                "elapsed": self.reporter.clock.elapsed,
-            }
-            self.checkpoints.save(self.step, state, meta)
+            self._write(self.checkpoints, state)
         self._saved_at, self._saved_step = self._now, self.step
         self.reporter.emit(SaveEvent(self.step, self.checkpoints.folder))
+
+    def _write(self, checkpoints: Checkpoints, state: TrainState) -> None:
+        meta = {
+            "model": self.cfg.to_dict(),
+            "optim": self.optim.to_dict(),
+            "loader": self.loader.state(),
+            "tokens_seen": self.reporter.tokens_seen,
+            "elapsed": self.reporter.clock.elapsed,
+        }
+        checkpoints.save(self.step, state, meta)
 
     def _memory(self) -> Any:
         rows, length = self.reporter.shape

@@ -1,0 +1,98 @@
+"""A tiny run that must survive: ``elastic_worker.py supervise WORKERS FOLDER STEPS METHOD`` starts its workers.
+
+Prints the hash of the final state's parameters, and how many tokens were seen; PAUSE seconds pass after every step.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxllm.batch import PackedBatch
+from jaxllm.train.events import StepEvent
+from jaxllm.train.failover import FailoverSettings
+from jaxllm.train.settings import TrainSettings
+from jaxllm.train.step import StepSettings
+from tests.train.tiny import TinyLoader, constant_lr, tiny_batch, tiny_config
+
+ROWS, PAUSE = 12, 0.1
+SETTINGS = StepSettings(loss_chunk=64)
+
+
+class Rows(TinyLoader):
+    """Any row of any batch."""
+
+    batch_size = ROWS
+
+    def __init__(self):
+        super().__init__(ROWS)
+
+    def rows_at(self, step, rows) -> PackedBatch:
+        whole = tiny_batch(ROWS, 16, seed=step)
+        rows = np.asarray(list(rows))
+        found = jax.tree.map(lambda x: x[np.maximum(rows, 0)], whole)
+        idle = rows < 0
+        return found.replace(
+            segment_ids=np.where(idle[:, None], 0, found.segment_ids),
+            targets=np.where(idle[:, None, None], -1, found.targets),
+        )
+
+
+def digest(params) -> str:
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def worker(folder: Path, steps: int, method: str) -> int:
+    from jaxllm.train.elastic import elastic_fit
+    from parallel.failover.membership import Member
+
+    member = Member()
+    log = open(folder / f"steps-{member.worker}.jsonl", "a", buffering=1)  # noqa: SIM115
+
+    def watch(event) -> None:
+        if isinstance(event, StepEvent):
+            row = {"pid": os.getpid(), "step": event.step, "loss": event.loss, "tokens": event.tokens}
+            log.write(json.dumps(row | {"members": jax.process_count()}) + "\n")
+            time.sleep(PAUSE)
+
+    def evaluation():
+        score = jax.jit(lambda params: sum(abs(leaf).sum() for leaf in jax.tree.leaves(params)))
+        return lambda params, step: {"size": float(score(params))}
+
+    method, _, saving = method.partition("+")
+    result = elastic_fit(
+        member,
+        FailoverSettings(method),
+        tiny_config("*-"),
+        constant_lr(),
+        Rows(),
+        TrainSettings(steps=steps, step=SETTINGS, eval_every=5, save_every=7, save_seconds=None),
+        folder=folder / "run" if saving else None,
+        evaluation=evaluation,
+        callbacks=[watch],
+    )
+    print("HASH", result.step, digest(result.params), result.tokens_seen, result.values["size"], flush=True)
+    return 0
+
+
+def main() -> int:
+    mode, workers, folder, steps, method = sys.argv[1:6]
+    if mode == "worker":
+        return worker(Path(folder), int(steps), method)
+    from parallel.failover.supervisor import SupervisorOptions, supervise
+
+    options = SupervisorOptions(int(workers), collective_timeout=60, backoff=0.1)
+    command = [sys.executable, __file__, "worker", workers, folder, steps, method]
+    return supervise(command, options, folder=Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

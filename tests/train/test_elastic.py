@@ -1,0 +1,107 @@
+"""A training run whose workers are killed: parameters are those of a run in which nobody was, to the bit."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.config import ConfigError
+from jaxllm.data.loader import Loader
+from jaxllm.data.tokens import TokenCorpus
+from jaxllm.train.elastic import check_elastic
+from jaxllm.train.settings import TrainSettings
+from jaxllm.train.step import StepSettings
+from parallel.mesh import MeshShape
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+WORKERS, STEPS, PATIENCE = 3, 40, 600
+
+REFUSED = {
+    "failover=1: one worker has no neighbour": (TrainSettings(steps=1), 1, 12),
+    "mesh.data=2: must be the number of workers, 3": (TrainSettings(steps=1, mesh=MeshShape(data=2)), 3, 12),
+    "mesh.fsdp=3: .* no second owner": (TrainSettings(steps=1, mesh=MeshShape(data=3, fsdp=3)), 3, 12),
+    "batch_size=10: must be a multiple of workers": (TrainSettings(steps=1), 3, 10),
+    r"batch_size=12: .* = 3 \* 8": (TrainSettings(steps=1, step=StepSettings(accum_steps=8)), 3, 12),
+    "debug_nans=True": (TrainSettings(steps=1, debug_nans=True), 3, 12),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_runs_that_cannot_lose_workers_are_refused(words):
+    with pytest.raises(ConfigError, match=words):
+        check_elastic(*REFUSED[words])
+    check_elastic(TrainSettings(steps=1, mesh=MeshShape(data=3)), 3, 12)
+
+
+def test_any_row_of_any_batch_is_that_of_the_loader():
+    rng = np.random.default_rng(0)
+    corpus = TokenCorpus(rng.integers(1, 60, 900).astype(np.int32), np.arange(0, 901, 90), 60, "any")
+    loader = Loader(corpus, 4, 16)
+    assert loader.batch_size == 4
+    whole = loader.batch_at(3)
+    found = loader.rows_at(3, [2, -1, 0])
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours[[0, 2]], theirs[[2, 0]])
+    assert not found.segment_ids[1].any() and (found.targets[1] == -1).all()
+
+
+def elastic(folder: pathlib.Path, method: str, kill: tuple[int, ...] = ()) -> tuple[set[str], list[dict]]:
+    """What the workers print of their final states, and the journal."""
+    folder.mkdir()
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": quick,
+    }
+    command = [sys.executable, HERE / "elastic_worker.py", "supervise", WORKERS, folder, STEPS, method]
+    until = time.monotonic() + PATIENCE
+
+    def rows(name: str) -> list[dict]:
+        file = folder / name
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+    with open(folder / "output", "wb") as output:
+        process = subprocess.Popen(
+            [str(word) for word in command], env=environment, stdout=output, stderr=output
+        )
+    try:
+        if kill:
+            while len(rows("steps-0.jsonl")) < 3:
+                assert process.poll() is None and time.monotonic() < until, (folder / "output").read_text()
+                time.sleep(0.05)
+        for row in rows("membership.jsonl"):
+            if row["event"] == "started" and row["worker"] in kill:
+                os.kill(row["pid"], 9)
+        code = process.wait(until - time.monotonic())
+    finally:
+        process.kill()
+        process.wait()
+    text = "".join(file.read_text(errors="replace") for file in [folder / "output", *folder.glob("*.log")])
+    assert code == 0, text[-4000:]
+    finals = [line for line in text.splitlines() if line.startswith("HASH")]
+    assert len(finals) == WORKERS
+    return set(finals), rows("membership.jsonl")
+
+
+@pytest.mark.slow
+def test_killed_workers_leave_no_trace_in_the_parameters(tmp_path):
+    whole, journal = elastic(tmp_path / "whole", "exact")
+    assert len(whole) == 1 and not [row for row in journal if row["event"] == "lost"]
+    killed, journal = elastic(tmp_path / "killed", "exact+save", (0,))
+    assert killed == whole
+    worlds = [row["members"] for row in journal if row["event"] == "world"]
+    assert worlds[0] == [0, 1, 2] and [1, 2] in worlds
+    metrics = (tmp_path / "killed" / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, metrics) if row["kind"] == "train"]
+    # Rank 0, who writes, was killed: whoever followed it went on in the same file. The line of its last step may be lost.
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS and len(steps) >= STEPS - 1
+    assert (tmp_path / "killed" / "run" / "checkpoints" / "manifests" / f"{STEPS}.json").is_file()
