@@ -32,7 +32,8 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     figure, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     _by_micro(first, report)
     _bars(second, report["rates"], "rate", "drop by published rate, 7B")
-    for row, color in zip(report["models"], [c for _ in report["models"] for c in ("#c8502d", "#e8a08a")]):
+    for row in report["models"]:
+        color = "#e8a08a" if row["policy"] == "attention" else "#c8502d"
         label = f"{row['model']}\nskips {row['skips'] or 'nothing'}, c = {row['pair']:.2f}"
         third.barh(label, row["micro 8"]["drop"], xerr=row["micro 8"]["error"], color=color)
     third.invert_yaxis()

@@ -94,7 +94,13 @@ def _ratios(data: dict[str, Any]) -> str:
 def _sensitivity(data: dict[str, Any]) -> str:
     base = data["inputs"]["base"]
     lines = [
-        (each["change"], _drop(each, 2), number(100 * each["touched"], 0)) for each in data["sensitivity"]
+        (
+            each["change"],
+            _drop(each, 2),
+            number(each["dropped"], 2),
+            number(100 * each["touched"], 0),
+        )
+        for each in data["sensitivity"]
     ]
     title = f"MeCeFO 7B, high rate, {base['stages']} stages, M = {base['micro']}, {base['schedule']}, but"
     return markdown((title, "drop, %", "of it replicas dropped", "tokens touched, %"), lines, right=[1, 2, 3])
