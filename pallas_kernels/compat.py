@@ -127,6 +127,36 @@ def mosaic_kernel(body: Callable[..., None], *, name: str, **options: Any) -> Ca
     return _module("plgpu").kernel(body, kernel_name=name, interpret=_mosaic_interpreter(), **options)
 
 
+def mosaic_in_place(
+    body: Callable[..., None],
+    arrays: Any,
+    updated: jax.Array,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    **options: Any,
+) -> tuple[Any, jax.Array]:
+    """A kernel that changes an array in global memory: its output, and ``updated`` after it.
+
+    Args:
+        body: takes the refs of ``arrays`` as they are nested, of ``updated`` and of the output.
+        arrays: inputs.
+        updated: read and written; where the caller donates it, without a copy.
+    """
+    pl, plgpu = _module("pl"), _module("plgpu")
+    ref = jax.new_ref(updated, memory_space=plgpu.GMEM)
+    # ``plgpu.kernel`` has a rule for vmap, which no ref passes.
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, kernel_name=name)
+
+    def closed(given: Any, out: Any) -> None:
+        body(given, ref, out)
+
+    closed.__name__ = name
+    run = pl.kernel(closed, mesh=mesh, name=name, interpret=_mosaic_interpreter(), **options)
+    return run(arrays), jax.freeze(ref)
+
+
 def triton_call(
     body: Callable[..., None], *, name: str, num_warps: int = 4, num_stages: int = 3, **options: Any
 ) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from pallas_kernels.target import Target, target
 IMPLEMENTATIONS = {
     "attention": ("mosaic_gpu", "cudnn", "xla", "reference"),
     "causal_conv": ("mosaic_gpu", "xla", "reference"),
+    "causal_conv.step": ("mosaic_gpu", "xla", "reference"),
     "causal_conv.window": ("xla", "reference"),
     "dynamic_conv": ("mosaic_gpu", "xla", "reference"),
     "gated_delta": ("xla", "reference"),

@@ -20,7 +20,11 @@ SHIPPED = Path(__file__).parent / "records"
 # What every kernel is built of, beside the files of its own op.
 _SHARED = ("compat.py", "mosaic.py", "tiles.py")
 # And the ops whose kernels, or parts of them, it takes.
-_BORROWED = {"dynamic_conv": ("causal_conv",), "paged_attention": ("attention",)}
+_BORROWED = {
+    "causal_conv.step": ("causal_conv",),
+    "dynamic_conv": ("causal_conv",),
+    "paged_attention": ("attention",),
+}
 
 
 def local() -> Path:

@@ -18,20 +18,25 @@ BESIDE = "the final states, gathered; in backward the sums over blocks"
 
 
 def refusal(x, k: int, most: int) -> str | None:
-    """Why a convolution of at most ``most`` taps does not take these inputs with k taps; None where it does."""
-    if x.shape[2] % LANES:
-        return f"it takes channels in multiples of {LANES}, not {x.shape[2]}"
+    """Why a kernel of at most ``most`` taps does not take inputs like x [..., D] with k taps; None where it does."""
+    if x.shape[-1] % LANES:
+        return f"it takes channels in multiples of {LANES}, not {x.shape[-1]}"
     if not 2 <= k <= most:
         return f"it takes 2 to {most} taps, not {k}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"inputs are bfloat16 or float32, not {x.dtype.name}"
-    if x.shape[1] == 1:
-        return "single tokens are one fusion of XLA, which reads and writes no more than a kernel would"
     return None
 
 
+def refusal_of_rows(x, k: int, most: int) -> str | None:
+    """:func:`refusal` of rows of tokens x [B, T, D]."""
+    if x.shape[1] == 1:
+        return "single tokens are one fusion of XLA, which reads and writes no more than a kernel would"
+    return refusal(x, k, most)
+
+
 def supports(x, weight, _bias, **_options) -> str | None:
-    return refusal(x, weight.shape[0], 8)
+    return refusal_of_rows(x, weight.shape[0], 8)
 
 
 def final_states(x, segment_ids, initial_state, n: int, reach: int):

@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels.causal_conv.mosaic_backward import backward
 from pallas_kernels.causal_conv.mosaic_forward import forward
-from pallas_kernels.causal_conv.mosaic_gpu import final_states, refusal, state_gradient
+from pallas_kernels.causal_conv.mosaic_gpu import final_states, refusal_of_rows, state_gradient
 from pallas_kernels.causal_conv.mosaic_rows import Operands
 from pallas_kernels.causal_conv.tiles import Tiles
 from pallas_kernels.tiles import tiles
@@ -18,7 +18,7 @@ BESIDE = "the final states, gathered"
 
 def supports(x, kernels, **_options) -> str | None:
     # More taps in float32 would not fit into shared memory in backward.
-    return refusal(x, kernels.shape[2], 6)
+    return refusal_of_rows(x, kernels.shape[2], 6)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

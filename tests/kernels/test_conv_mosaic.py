@@ -54,10 +54,12 @@ def compared(case, seed: int, ids=None, repeat=False, **tiles):
 
 @pytest.mark.parametrize("op", OPS)
 def test_values_and_gradients_agree_with_the_reference_on_random_documents(op, seed):
-    """Two blocks of tokens, NaN on padding, documents shorter than the filter."""
+    """Two blocks of tokens and a document that reaches over their boundary by more than the filter, shorter ones, NaN on padding."""
     cases = OPS[op]
     case = cases.case("random", 1, 13, 128, (1,) * 4, gradients=cases.GRADIENTS, **EXACT)
-    compared(case, seed % 1000, random_ids(seed, 1, 13, 4))
+    ids = np.array([[0] * 5 + [3] * 7 + [4]], np.int32)
+    ids[:, :5] = random_ids(seed, 1, 5, 2)
+    compared(case, seed % 1000, ids)
 
 
 @pytest.mark.slow
