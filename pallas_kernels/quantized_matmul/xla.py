@@ -145,7 +145,7 @@ def gradients_of_scales(g, x, w: QuantizedWeight, dtype):
 
     start = [jnp.zeros(w.scale.shape, jnp.float32)] * (1 if w.offset is None else 2)
     scale, *offset = _blocks(w, 4, body, start)
-    return scale.astype(w.scale.dtype), offset[0].astype(w.offset.dtype) if offset else None
+    return scale.astype(w.scale.dtype), None if w.offset is None else offset[0].astype(w.offset.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))

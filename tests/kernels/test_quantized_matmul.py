@@ -1,6 +1,7 @@
 """Quantised products against every value written out in float64, and products of codes against int64, bit for bit."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ def draw(seed, M, N, K, *, group, bits=4, offset=False, dtype=np.float32):
     scale = (rng.uniform(0.5, 2, (K // group, N)) / high).astype(dtype)
     shift = rng.normal(size=scale.shape).astype(dtype) if offset else None
     x = rng.normal(size=(M, K)).astype(np.float32)
-    w = QuantizedWeight(*(None if v is None else jnp.asarray(v) for v in (packed, scale, shift)), bits)
-    return x, w, codes
+    packed, scale, shift = (None if v is None else jnp.asarray(v) for v in (packed, scale, shift))
+    return x, QuantizedWeight(packed, scale, shift, bits), codes
 
 
 def exact(w, codes):
@@ -232,16 +233,15 @@ def test_a_product_never_holds_the_whole_weight(bits):
     M, N, K = 16, 2048, 1024
     _, w, _ = draw(9, M, N, K, group=128, bits=bits)
     x = jnp.zeros((M, K))
-    compiled = jax.jit(quantized_matmul).lower(x, w).compile()
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < N * K * 4 / 2
-    plain = jax.jit(lambda x, w: x @ w.T).lower(x, jnp.zeros((N, K))).compile()
+    compiled: Any = jax.jit(quantized_matmul).lower(x, w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < N * K * 4 / 2
+    plain: Any = jax.jit(lambda x, w: x @ w.T).lower(x, jnp.zeros((N, K))).compile()
     body = compiled.cost_analysis()["flops"] / plain.cost_analysis()["flops"]
     # The loop's body is counted once, the blocks that it runs are eight; values cost little beside the products.
     assert body * (N // xla.block_outputs(w, 4)) < 1.5
 
 
-def bad(**changes):
+def bad(**changes: Any) -> dict[str, Any]:
     x, w, _ = draw(0, 4, 8, 64, group=32, offset=True)
     arguments = {"x": jnp.asarray(x)} | changes
     fields = {name[2:]: arguments.pop(name) for name in list(arguments) if name.startswith("w_")}
