@@ -29,7 +29,7 @@ IMPLEMENTATIONS = {
     "grouped_matmul": ("xla", "reference"),
     "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),
     "paged_attention.page_scores": ("xla", "reference"),
-    "quantized_matmul": ("xla", "reference"),
+    "quantized_matmul": ("mosaic_gpu", "xla", "reference"),
     "ssd": ("mosaic_gpu", "xla", "reference"),
     "ssd.window": ("xla", "reference"),
 }
