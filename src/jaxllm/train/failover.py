@@ -105,7 +105,7 @@ class FailoverPlan:
     Attributes:
         shards: i32[m, k]; numbers of the shards in the slots of each living worker, -1 where a slot is idle; busy slots
             come first.
-        degraded: bool[m]; workers that do more than one job.
+        degraded: bool[m, k]; slots whose gradients may be cheaper: all of a worker that does more than one job.
         bases: method mecefo: V1 by dotted path (:meth:`FailoverSettings.make_bases`).
     """
 
@@ -133,7 +133,8 @@ def failover_plan(jobs: Sequence[Sequence[int]], slots: int, bases: Any = None) 
     shards = np.full((len(jobs), slots), -1, np.int32)
     for worker, own in enumerate(jobs):
         shards[worker, : len(own)] = own
-    return FailoverPlan(shards, np.array([len(own) > 1 for own in jobs]), bases)
+    degraded = np.array([[len(own) > 1] * slots for own in jobs])
+    return FailoverPlan(shards, degraded, bases)
 
 
 def make_failover_step(
@@ -171,7 +172,7 @@ def make_failover_step(
     skipped = failover.skipped(cfg) if cheap else frozenset()
     bounds = ranks(cfg, failover.policy, failover.rank) if cheap else {}
 
-    def one(params: Params, rng: Any, plan: FailoverPlan, part: PackedBatch) -> _Found:
+    def one(params: Params, rng: Any, plan: FailoverPlan, part: PackedBatch, slot: Array) -> _Found:
         """Of one shard: the gradient, the sums, and the weight of the tokens that skipped sub-blocks have learnt from."""
 
         def exact(params: Params, part: PackedBatch) -> _Found:
@@ -186,7 +187,7 @@ def make_failover_step(
         if not cheap:
             return exact(params, part)
         # Neither branch holds a collective: devices may take different ones.
-        return jax.lax.cond(plan.degraded[jax.lax.axis_index(AXIS)], cheaper, exact, params, part)
+        return jax.lax.cond(plan.degraded[jax.lax.axis_index(AXIS), slot], cheaper, exact, params, part)
 
     def differentiate(
         params: Params, batch: PackedBatch, rng: Any, plan: TrainPlan
@@ -214,8 +215,8 @@ def make_failover_step(
 
 
 _Found = tuple[Params, LossSums, Array]
-# (rows of one shard) -> what is summed over shards.
-_OfShard = Callable[[PackedBatch], Any]
+# (rows of one shard, the slot it stands in) -> what is summed over shards.
+_OfShard = Callable[[PackedBatch, Array], Any]
 
 
 def _slots(batch: PackedBatch, plan: FailoverPlan) -> tuple[PackedBatch, Array]:
@@ -230,7 +231,7 @@ def _slot(batch: PackedBatch, place: Array) -> PackedBatch:
 
 
 def _zeros(of_shard: _OfShard, batch: PackedBatch, *leading: int) -> Any:
-    found = jax.eval_shape(lambda batch: of_shard(_slot(batch, jnp.int32(0))), batch)
+    found = jax.eval_shape(lambda batch: of_shard(_slot(batch, jnp.int32(0)), jnp.int32(0)), batch)
     return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), found)
 
 
@@ -239,7 +240,7 @@ def _summed(of_shard: _OfShard, batch: PackedBatch, plan: FailoverPlan) -> Any:
     batch, count = _slots(batch, plan)
 
     def add(place: Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, of_shard(_slot(batch, place)))
+        return jax.tree.map(jnp.add, total, of_shard(_slot(batch, place), place))
 
     # The trip count differs between devices: nothing in the loop may wait for another one.
     return jax.lax.psum(jax.lax.fori_loop(0, count, add, _zeros(of_shard, batch)), AXIS)
@@ -258,7 +259,7 @@ def _ordered(of_shard: _OfShard, batch: PackedBatch, plan: FailoverPlan) -> Any:
     batch = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1))), batch)
 
     def one(place: Array, kept: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        found = jax.tree.leaves(of_shard(jax.tree.map(hold, _slot(batch, place))))
+        found = jax.tree.leaves(of_shard(jax.tree.map(hold, _slot(batch, place)), place))
         rows, whole = kept
         row = hold(jnp.concatenate([x.ravel() for x, real in zip(found, floats, strict=True) if real]))
         counts = [x for x, real in zip(found, floats, strict=True) if not real]

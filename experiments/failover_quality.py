@@ -1,0 +1,312 @@
+"""What MeCeFO's cheaper gradients cost in quality, beside dropping the lost shards: small models on the quickstart corpus.
+
+Command:  python -m experiments.failover_quality [--quick | --full] [--out FILE]
+Time:     not taken on idle cores; under an hour of two of them, compilation included (--full: three times that).
+Expected: in the order of validation loss: no failure, low-rank gradients alone, skipped mixers alone, both, dropped
+          shards; the first and the last apart by more than seeds differ.
+
+Four workers train a shard of every batch each. At any time one of them is dead with the stated probability, and its
+neighbour trains two shards, with degraded gradients for both. All methods see the same batches and the same failures.
+The workers are slots of one device: the step is that of `jaxllm.train.failover` with one living worker of four jobs, whose
+shards are degraded one by one. It takes up where it stopped (runs/failover_quality).
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from jaxllm import AttentionConfig, MambaConfig, MLPConfig, ModelConfig
+from jaxllm.batch import PackedBatch
+from jaxllm.cli import machine
+from jaxllm.cli.validation import Validation
+from jaxllm.data.loader import Loader
+from jaxllm.data.prepare import PreparedData, prepare_data
+from jaxllm.train.failover import FailoverPlan, FailoverSettings, make_failover_step
+from jaxllm.train.optim import OptimConfig
+from jaxllm.train.state import TrainPlan, init_state
+from jaxllm.train.step import StepSettings
+from parallel.failover.assignment import assign
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "experiments" / "results" / "failover_quality.json"
+WORKERS, PERIOD = 4, 25
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train the shards of the dead.
+
+    Attributes:
+        name: its line.
+        settings: of the step; None: nobody ever dies.
+    """
+
+    name: str
+    settings: FailoverSettings | None
+
+
+def methods(few: bool) -> list[Method]:
+    """All of them, or those of the second model."""
+    exact = dict.fromkeys("M*WGJ-E", "exact")
+    both = FailoverSettings("mecefo")
+    found = [Method("no failure", None), Method("mecefo", both), Method("drop", FailoverSettings("drop"))]
+    if few:
+        return found
+    skip = FailoverSettings("mecefo", policy={**exact, "*": "skip"})
+    low = FailoverSettings("mecefo", policy=dict.fromkeys("M*-", "low_rank"))
+    every = FailoverSettings("mecefo", policy={"M": "skip"})
+    return [
+        *found,
+        Method("skipped attention alone", skip),
+        Method("low rank alone", low),
+        Method("mecefo, Mamba skipped too", every),
+    ]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is run.
+
+    Attributes:
+        steps: of a run.
+        seeds: runs of each method.
+        rates: shares of the time in which one worker is dead.
+        rows: of a shard.
+        length: tokens of a row.
+        validation: tokens of the validation text, spread over it.
+        models: name to configuration.
+    """
+
+    steps: int
+    seeds: int
+    rates: tuple[float, ...]
+    rows: int
+    length: int
+    validation: int
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+HYBRID = {"pattern": "M-*-M-*-"}
+LLAMA = {"pattern": "*-*-*-*-"}
+SIZES = {
+    "quick": Size(8, 1, (0.8,), 1, 32, 4096, {"hybrid": {"pattern": "M-*-"}}),
+    "default": Size(2000, 3, (0.8,), 2, 64, 131_072, {"hybrid": HYBRID, "llama": LLAMA}),
+    "full": Size(4000, 3, (0.2, 0.4, 0.8), 2, 64, 131_072, {"hybrid": HYBRID, "llama": LLAMA}),
+}
+
+
+def config(pattern: str, vocabulary: int) -> ModelConfig:
+    """A model of about half a million parameters without its embedding."""
+    swiglu = "M" not in pattern
+    return ModelConfig(
+        vocabulary,
+        64,
+        pattern,
+        mamba=MambaConfig(num_heads=8, head_dim=16, state_size=16, chunk_size=32),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
+        mlp=MLPConfig(176, activation="swiglu") if swiglu else MLPConfig(256),
+        tie_embeddings=True,
+    )
+
+
+def failures(steps: int, rate: float, seed: int) -> Iterator[tuple[int, ...]]:
+    """Who lives in each step: a worker dies and comes back at the ends of periods of ``PERIOD`` steps."""
+    rng = np.random.default_rng((seed, 11))
+    everybody = tuple(range(WORKERS))
+    for step in range(steps):
+        if step % PERIOD == 0:
+            dead = int(rng.integers(WORKERS)) if rng.random() < rate else None
+        yield tuple(worker for worker in everybody if worker != dead)
+
+
+@lru_cache
+def compiled(cfg: ModelConfig, optim: OptimConfig, method: str, policy: Iterable[tuple[str, str]]) -> Any:
+    """The step of a method, for all seeds, and what makes its bases."""
+    settings = FailoverSettings(method, policy=dict(policy))
+    refresh = settings.make_bases(cfg) if method == "mecefo" else None
+    return make_failover_step(cfg, optim, StepSettings(loss_chunk=1024), settings), refresh
+
+
+def train(
+    cfg: ModelConfig, method: Method, rate: float, seed: int, size: Size, data: PreparedData
+) -> dict[str, Any]:
+    """One run: its validation loss on the way and at the end."""
+    optim = OptimConfig(lr=3e-3, warmup_steps=size.steps // 20, total_steps=size.steps, schedule="cosine")
+    settings = method.settings or FailoverSettings("drop")
+    step, refresh = compiled(cfg, optim, settings.method, tuple(settings.policy.items()))
+    loader = Loader(data.train, WORKERS * size.rows, size.length, seed=seed)
+    validation = Validation(
+        cfg, data.validation, data.tokenizer, batch_size=32, seq_len=size.length, part=size.validation
+    )
+    state, bases, losses, degraded = init_state(cfg, optim, seed), None, [], 0
+    for number, live in enumerate(failures(size.steps, rate if method.settings else 0.0, seed)):
+        if refresh is not None and number % settings.refresh == 0:
+            bases = refresh(state.params, bases)
+        jobs = assign(WORKERS, live, number // PERIOD).jobs
+        plan, batch = laid_out(settings.jobs(jobs), next(loader), bases)
+        degraded += int(plan.degraded.sum())
+        state, metrics = step(state, batch, TrainPlan(failover=plan))
+        if number % max(1, size.steps // 5) == 0 or number == size.steps - 1:
+            losses.append([number + 1, validation.partial(state.params, number)["validation_loss"]])
+    loader.close()
+    return {
+        "validation": losses,
+        "loss": losses[-1][1],
+        "degraded": degraded / (WORKERS * size.steps),
+        "train_loss": float(metrics.loss),
+    }
+
+
+def laid_out(
+    jobs: tuple[tuple[int, ...], ...], batch: PackedBatch, bases: Any
+) -> tuple[FailoverPlan, PackedBatch]:
+    """The shards of all workers as slots of one, the idle ones last."""
+    order = sorted((shard, len(own) > 1) for own in jobs for shard in own)
+    idle = WORKERS - len(order)
+    shards = [shard for shard, _ in order] + [-1] * idle
+    flags = [flag for _, flag in order] + [False] * idle
+
+    def rows(x: Any) -> Any:
+        parts = x.reshape(WORKERS, len(x) // WORKERS, *x.shape[1:])
+        return np.concatenate([parts[shard] if shard >= 0 else np.zeros_like(parts[0]) for shard in shards])
+
+    laid = jax.tree.map(rows, batch)
+    laid = laid.replace(targets=np.where(laid.segment_ids[..., None] > 0, laid.targets, -1))
+    return FailoverPlan(np.array([shards], np.int32), np.array([flags]), bases), laid
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each model, rate and method: mean and spread over seeds, against no failure at the same seeds."""
+    rows = []
+    for model, rate, method in dict.fromkeys((run["model"], run["rate"], run["method"]) for run in runs):
+        own = {r["seed"]: r for r in runs if (r["model"], r["rate"], r["method"]) == (model, rate, method)}
+        base = {r["seed"]: r for r in runs if (r["model"], r["method"]) == (model, "no failure")}
+        losses = [run["loss"] for run in own.values()]
+        gaps = [run["loss"] - base[seed]["loss"] for seed, run in own.items() if seed in base]
+        rows.append(
+            {
+                "model": model,
+                "rate": rate,
+                "method": method,
+                "seeds": len(own),
+                "degraded": statistics.fmean(run["degraded"] for run in own.values()),
+                "loss": statistics.fmean(losses),
+                "least": min(losses),
+                "greatest": max(losses),
+                "above_no_failure": statistics.fmean(gaps) if gaps else None,
+            }
+        )
+    return rows
+
+
+def draw(runs: list[dict[str, Any]], png: Path) -> None:
+    """Validation loss above that without failures, over steps, a panel for each model and rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((run["model"], run["rate"]) for run in runs if run["method"] != "no failure"))
+    figure = Figure(figsize=(6 * len(panels), 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for (model, rate), axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
+        base = {r["seed"]: dict(r["validation"]) for r in runs if (r["model"], r["rate"]) == (model, 0.0)}
+        for index, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
+            own = [r for r in runs if (r["model"], r["rate"], r["method"]) == (model, rate, method)]
+            color = f"C{index}"
+            for run in own:
+                gaps = [(step, loss - base[run["seed"]][step]) for step, loss in run["validation"]]
+                label = method if run is own[0] else None
+                axes.plot(*zip(*gaps), color=color, marker="o", markersize=2.5, linewidth=0.9, label=label)
+        axes.axhline(0, color="#444444", linewidth=0.9)
+        axes.set(title=f"{model}, one of {WORKERS} dead {rate:.0%} of the time", xlabel="step")
+        axes.set(ylabel="nats per token above no failure")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(png)
+
+
+def jobs_of(size: Size) -> Iterator[tuple[str, Method, float, int]]:
+    """Every run; the second model, and a quick look, have fewer methods."""
+    for seed in range(size.seeds):
+        for place, model in enumerate(size.models):
+            for method in methods(few=place > 0 or size is SIZES["quick"]):
+                for rate in size.rates if method.settings else (0.0,):
+                    yield model, method, rate, seed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is not there yet, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps, to see that it runs; writes no results"
+    )
+    parser.add_argument("--full", action="store_true", help="three rates of failure, twice as many steps")
+    parser.add_argument("--out", type=Path, help="the result file")
+    options = parser.parse_args(argv)
+    name = "quick" if options.quick else "full" if options.full else "default"
+    size, folder = SIZES[name], ROOT / "runs" / "failover_quality" / name
+    out = options.out or (folder / OUT.name if options.quick else OUT)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = prepare_data("stdlib", vocab_size=512)
+    vocabulary = -(-data.tokenizer.vocab_size // 64) * 64
+    if jax.config.jax_compilation_cache_dir is None:
+        # What one run has compiled the next one need not.
+        jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
+    runs, jobs = [], list(jobs_of(size))
+    with Progress() as progress:
+        task = progress.add_task("runs", total=len(jobs))
+        for model, method, rate, seed in jobs:
+            progress.update(task, description=f"{model}, {method.name}, seed {seed}")
+            file = folder / f"{model}-{method.name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}.json"
+            if options.quick or not file.is_file():
+                cfg = config(**size.models[model], vocabulary=vocabulary)
+                found = train(cfg, method, rate, seed, size, data)
+                found = {"model": model, "method": method.name, "rate": rate, "seed": seed} | found
+                file.write_text(json.dumps(found), encoding="utf-8")
+            runs.append(json.loads(file.read_text(encoding="utf-8")))
+            progress.advance(task)
+    rows = summary(runs)
+    report = {
+        "command": "python -m experiments.failover_quality" + (" --full" if options.full else ""),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "inputs": {**asdict(size), "workers": WORKERS, "period": PERIOD, "corpus": data.corpus.name},
+        "versions": machine.versions(),
+        "device": machine.describe(),
+        "rows": rows,
+        "runs": runs,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    draw(runs, out.with_suffix(".png"))
+    table = Table("model", "dead", "method", "seeds", "degraded", "validation, nats", "above no failure")
+    for row in rows:
+        gap = row["above_no_failure"]
+        table.add_row(
+            row["model"],
+            f"{row['rate']:.0%}",
+            row["method"],
+            str(row["seeds"]),
+            f"{row['degraded']:.0%}",
+            f"{row['loss']:.3f} ({row['least']:.3f} to {row['greatest']:.3f})",
+            "-" if gap is None else f"{gap:+.3f}",
+        )
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
