@@ -3,8 +3,9 @@
 Command:  python -m experiments.failover_simulator [--quick] [--out FILE]
 Time:     not taken on idle cores; about two minutes of one core, --quick half a minute.
 Expected: a merged stage's cost decides. With eight stages MeCeFO's published drops (1.07, 2.98 and 4.18 %) come out only at one
-          to six micro-batches of a replica, and a full pipeline loses 25 % and more. MeCeFO loses less than Bamboo and,
-          as long as Oobleck's pauses are left out, more than Oobleck: 5.0 and 6.7 times less never come out together.
+          to six micro-batches of a replica, and a full pipeline loses 25 % and more. With
+          eight stages or more it loses less than Bamboo and, Oobleck's pauses left out, more than Oobleck: 5.0 and 6.7 times
+          less never come out together.
 
 Nothing runs on a GPU here and nothing is fitted: whatever the paper does not state is a free parameter, listed in the result
 with where its value comes from, and varied. Scenarios are drawn from fixed seeds, the same ones for every system; a drop is
