@@ -66,10 +66,13 @@ def test_what_is_not_a_number_stays_where_it_belongs():
     np.testing.assert_array_equal(y[:39, columns], clean[:39, columns])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "constant", "value"),
-    [(mosaic_kernel, "BIAS", 7), (mosaic_kernel, "_LOW", 7), (mosaic_gpu, "HIGH", 15.0)],
+    [
+        pytest.param(mosaic_kernel, "BIAS", 7, marks=pytest.mark.slow),
+        pytest.param(mosaic_kernel, "_LOW", 7, marks=pytest.mark.nightly),
+        pytest.param(mosaic_gpu, "HIGH", 15.0, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_poisoned_constant_is_noticed(monkeypatch, module, constant, value):
     must_fail(monkeypatch, module, constant, value, SMALL["small M5"], "mosaic_gpu")
