@@ -208,8 +208,14 @@ def test_a_second_worker_may_be_killed_during_recovery(moment, tmp_path):
         assert [len(run.pids(worker)) for worker in range(4)] == [2, 2, 1, 1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["connect", "meet"])
+# A death at the meeting holds the others for a minute.
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("connect", marks=pytest.mark.slow),
+        pytest.param("meet", marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("worker", [0, 2])
 def test_a_member_may_die_on_its_way_into_a_world(place, worker, tmp_path):
     """Before it has come to the service the others cannot leave that, and jaxlib would end them."""
