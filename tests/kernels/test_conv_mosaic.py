@@ -106,8 +106,10 @@ def test_every_document_of_a_packed_row_is_convolved_alone_in_float64():
     np.testing.assert_array_equal(state, left)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("split", [1, 2, 9])
+@pytest.mark.parametrize(
+    "split",
+    [pytest.param(at, marks=pytest.mark.slow if at == 2 else pytest.mark.nightly) for at in (1, 2, 9)],
+)
 def test_a_row_cut_anywhere_and_resumed_is_the_whole_row(split):
     a: dict[str, Any] = static._inputs(2, 17, 128, 4, None, jnp.float32, jax.random.key(split))
     state = a.pop("initial_state")

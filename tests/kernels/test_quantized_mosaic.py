@@ -29,8 +29,14 @@ def test_uneven_shares_through_a_short_ring_agree_with_the_reference():
         numerics.compare_case(UNEVEN, "mosaic_gpu", seed=1).require(UNEVEN.tolerance)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", list(SMALL.values()), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.nightly if number > 1 else pytest.mark.slow)
+        for number, case in enumerate(SMALL.values())
+    ],
+    ids=lambda case: case.name,
+)
 def test_the_interpreted_kernel_agrees_with_the_reference(case):
     with compat.interpreted():
         numerics.compare_case(case, "mosaic_gpu", seed=1, repeat=False).require(case.tolerance)

@@ -53,10 +53,13 @@ def test_interpreted_gradients_agree_with_the_reference_and_repeat(name):
         numerics.compare_case(SMALL[name], "mosaic_gpu").require(TOLERANCE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "P", "states", "documents"),
-    [(64, 128, None, (3, 1, 90, 30)), (256, 64, 2, (150, 40)), (128, 64, 1, None)],
+    [
+        pytest.param(64, 128, None, (3, 1, 90, 30), marks=pytest.mark.nightly),
+        pytest.param(256, 64, 2, (150, 40), marks=pytest.mark.slow),
+        pytest.param(128, 64, 1, None, marks=pytest.mark.nightly),
+    ],
 )
 def test_every_chunk_size_and_way_to_keep_states(chunk, P, states, documents):
     one = case(

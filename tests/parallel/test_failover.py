@@ -171,8 +171,14 @@ def test_a_killed_worker_is_replaced_while_the_others_go_on(tmp_path):
         assert grown["step"] > shrunk["step"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [(0,), (2,), (0, 3), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "workers",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each == (0, 3) else pytest.mark.nightly)
+        for each in ((0,), (2,), (0, 3), (1, 2, 3))
+    ],
+    ids=str,
+)
 def test_any_workers_may_be_killed_at_once(workers, tmp_path):
     with Run(tmp_path, 4, 60, timeout=20) as run:
         run.wait_step(3, worker=2)
@@ -191,8 +197,10 @@ def test_any_workers_may_be_killed_at_once(workers, tmp_path):
             assert len(run.pids(worker)) == 1 + (worker in workers)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["lost", "world"])
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("lost", marks=pytest.mark.slow), pytest.param("world", marks=pytest.mark.nightly)],
+)
 def test_a_second_worker_may_be_killed_during_recovery(moment, tmp_path):
     with Run(tmp_path, 4, 60, timeout=20) as run:
         run.wait_step(3)
@@ -210,13 +218,14 @@ def test_a_second_worker_may_be_killed_during_recovery(moment, tmp_path):
 
 # A death at the meeting holds the others for a minute.
 @pytest.mark.parametrize(
-    "place",
+    ("place", "worker"),
     [
-        pytest.param("connect", marks=pytest.mark.slow),
-        pytest.param("meet", marks=pytest.mark.nightly),
+        pytest.param("connect", 0, marks=pytest.mark.slow),
+        pytest.param("connect", 2, marks=pytest.mark.nightly),
+        pytest.param("meet", 0, marks=pytest.mark.nightly),
+        pytest.param("meet", 2, marks=pytest.mark.nightly),
     ],
 )
-@pytest.mark.parametrize("worker", [0, 2])
 def test_a_member_may_die_on_its_way_into_a_world(place, worker, tmp_path):
     """Before it has come to the service the others cannot leave that, and jaxlib would end them."""
     with Run(tmp_path, 3, 50, die=f"{place}:{worker}:2", timeout=20) as run:

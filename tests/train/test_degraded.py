@@ -74,7 +74,7 @@ def test_gradients_are_projections_of_the_exact_ones():
 @pytest.mark.parametrize(
     "pattern",
     [
-        pytest.param("M*", marks=pytest.mark.slow),
+        pytest.param("M*", marks=pytest.mark.nightly),
         pytest.param("E", marks=pytest.mark.slow),
         pytest.param("GWJ", marks=pytest.mark.nightly),
     ],

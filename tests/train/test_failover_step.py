@@ -61,12 +61,12 @@ def test_means_of_every_letter():
         assert worker("average", pattern, rule, "0,12,3", "30,12").count("AVERAGE") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_nobody_learns_from_stays_as_it_is():
     assert worker("untouched", "*-", "10,23", "30,21").count("UNTOUCHED") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_of_the_rank_and_nothing_skipped_trains_as_exact():
     assert "ALL" in worker("all", "*-", "0,12,3")
 

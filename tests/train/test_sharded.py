@@ -112,10 +112,12 @@ def test_documents_on_products_of_axes():
     assert worker("context", "M*GE", "fcp", *meshes).count("EQUAL") == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("motif", "meshes"),
-    [("*-", ("stage=2", "data=2,stage=4")), ("ME", ("fsdp=2,stage=2", "data=2,tensor=2,stage=2"))],
+    [
+        pytest.param("*-", ("stage=2", "data=2,stage=4"), marks=pytest.mark.nightly),
+        pytest.param("ME", ("fsdp=2,stage=2", "data=2,tensor=2,stage=2"), marks=pytest.mark.slow),
+    ],
 )
 def test_layers_in_stages(motif, meshes):
     assert worker("stages", motif, *meshes).count("EQUAL") == 2 * len(meshes)
