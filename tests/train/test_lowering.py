@@ -25,6 +25,8 @@ XLA = dict.fromkeys(dispatch.IMPLEMENTATIONS, "xla")
 OURS = {
     op: "mosaic_gpu" if "mosaic_gpu" in names else "xla" for op, names in dispatch.IMPLEMENTATIONS.items()
 }
+# A single token is no work for the kernels of whole rows.
+OF_ROWS = ("causal_conv", "dynamic_conv", "ssd")
 TARGETS = pytest.mark.parametrize(
     ("lower", "named"),
     [
@@ -33,21 +35,28 @@ TARGETS = pytest.mark.parametrize(
         pytest.param(lowering.lower_tpu, XLA, id="tpu-xla"),
     ],
 )
-BACKWARD = ("attention_query_gradient", "attention_key_gradients")
+BACKWARD = (
+    "attention_query_gradient",
+    "attention_key_gradients",
+    "ssd_input_gradients",
+    "causal_conv_backward",
+)
+FORWARD = ("attention_forward", "ssd_outputs", "causal_conv_forward")
 
 
 def every_letter():
     """Each kind of layer, in bfloat16, around heads that the kernels take."""
     base = preset("quickstart")
-    assert base.attention is not None
-    delta = GatedDeltaConfig(num_heads=2, key_head_dim=32, value_head_dim=32)
+    assert base.attention is not None and base.mamba is not None
+    delta = GatedDeltaConfig(num_heads=2, key_head_dim=64, value_head_dim=64)
     return base.replace(
         pattern="M*-EWGJ",
+        mamba=dataclasses.replace(base.mamba, head_dim=64, state_size=64, chunk_size=64),
         attention=dataclasses.replace(base.attention, window=64),
         moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=64),
         delta=delta,
-        jet=JetConfig(num_heads=2, key_head_dim=32, value_head_dim=32),
-        precision=Precision(param="bfloat16", compute="bfloat16"),
+        jet=JetConfig(num_heads=2, key_head_dim=64, value_head_dim=64),
+        precision=Precision(param="bfloat16", compute="bfloat16", matmul="bfloat16"),
     )
 
 
@@ -83,7 +92,7 @@ def test_the_training_step_lowers(lower, named):
     )
     with dispatch.naming(named):
         text = lower(make_train_step(CFG, optim), abstract_state(CFG, optim), batch, None)
-    check(text, named, "attention_forward", *BACKWARD)
+    check(text, named, *FORWARD, *BACKWARD)
 
 
 def pools():
@@ -104,12 +113,12 @@ def test_the_prefill_step_lowers(lower, named):
             bound=None,
             fresh=False,
         )
-    check(text, named, "attention_forward")
+    check(text, named, *FORWARD)
 
 
 @TARGETS
 def test_the_decode_step_lowers(lower, named):
-    with dispatch.naming(named):
+    with dispatch.naming({**named, **dict.fromkeys(OF_ROWS, "xla")}):
         text = lower(
             _decode_jit("bfloat16"),
             *(abstract_params(CFG), *pools(), 1, 1),
