@@ -80,14 +80,19 @@ class Capacity:
         return replace(self, **more)
 
     def beyond(self, outgrown: "Capacity") -> "Capacity":
-        """With a margin where this one holds more: what was outgrown once soon is again. Slots get none."""
+        """This one, which ``outgrown`` does not hold, with half of that on top of every size, and of slots with one.
+
+        All sizes grow, not the one that was outgrown alone: each is the largest of some batches, and if they grew one by one
+        each would want a program of its own.
+        """
 
         def more(new: int, old: int) -> int:
-            return new + -(-new // 2) if new > old else new
+            return new + -(-old // 2)
 
         shifts = tuple(map(more, self.shifts, outgrown.shifts))
         return replace(
             self,
+            slots=max(self.slots, outgrown.slots + 1),
             pieces=more(self.pieces, outgrown.pieces),
             stages=max(more(self.stages, outgrown.stages), -(-sum(shifts) // self.stage_rounds)),
             work=more(self.work, outgrown.work),

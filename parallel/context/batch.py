@@ -59,6 +59,11 @@ class ScatterConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"scatter backend={self.backend!r}: must be one of {', '.join(BACKENDS)}")
 
+    @property
+    def sharing(self) -> int:
+        """Devices that have equal parts of the slots of a worker of the plan."""
+        return self.workers if self.strategy == "ulysses" else 1
+
 
 @dataclass(frozen=True)
 class Room:
@@ -71,6 +76,19 @@ class Room:
 
     capacity: Capacity
     extra: int = 0
+
+    def enlarged(self, other: "Room") -> "Room":
+        """The smallest room that holds the batches of both.
+
+        Raises:
+            ValueError: as :meth:`Capacity.enlarged`.
+        """
+        return Room(self.capacity.enlarged(other.capacity), max(self.extra, other.extra))
+
+    def beyond(self, outgrown: "Room", sharing: int = 1) -> "Room":
+        """This one, which ``outgrown`` does not hold, with a margin everywhere; see :class:`Capacity`."""
+        capacity = self.capacity.beyond(outgrown.capacity).rounded(sharing)
+        return Room(capacity, rounded(self.extra + -(-outgrown.extra // 2), 2))
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,7 @@ def scatter(segment_ids: np.ndarray, config: ScatterConfig, room: Room | None = 
         segment_ids: i32[B, T]; documents of each row numbered from 1 on, one after the other; 0 = padding. Group g has the
             g-th of G equal slices of the rows, microbatch m every M-th of them from the m-th on.
         config: devices and strategy.
-        room: what is large enough to be kept.
+        room: is kept if it is large enough, and else grows everywhere; None: as much as the batch needs, rounded up.
 
     Raises:
         ValueError: the rows are not a multiple of groups * parts.
@@ -120,6 +138,9 @@ def scatter(segment_ids: np.ndarray, config: ScatterConfig, room: Room | None = 
     lanes, extra = None, 0
     if config.reach is not None:
         lanes, extra = _lanes(shared, config.reach, 0 if room is None else room.extra)
+    made = Room(capacity, extra)
+    if room is not None and made != room:
+        return scatter(segment_ids, config, made.beyond(room, config.sharing))
     slots = (config.groups * config.workers * config.parts * shared[0][0].capacity.slots, config.block)
 
     def tokenwise(found: list[list[np.ndarray]]) -> np.ndarray:
@@ -142,7 +163,7 @@ def scatter(segment_ids: np.ndarray, config: ScatterConfig, room: Room | None = 
         segment_ids=tokenwise(_each(lambda p: p.segment_ids, places)),
         positions=tokenwise(_each(lambda p: p.positions, places)),
         scattered=scattered,
-        room=Room(capacity, extra),
+        room=made,
         plans=plans,
     )
 
@@ -213,9 +234,7 @@ def _planned(
     plans = _each(lambda part: planned(part, capacity), parts)
     common = reduce(Capacity.enlarged, (plan.capacity for group in plans for plan in group))
     if common != capacity:
-        if capacity is not None:
-            common = common.beyond(capacity)
-        common = common.rounded(config.workers if config.strategy == "ulysses" else 1)
+        common = common.rounded(config.sharing)
     fitting = _each(
         lambda part, plan: plan if plan.capacity == common else planned(part, common), parts, plans
     )
@@ -227,8 +246,7 @@ def _lanes(plans: list[list[Plan]], reach: int, extra: int) -> tuple[Lanes, int]
     made = _each(lambda plan: make_lanes(plan, reach=reach, extra=extra), plans)
     most = max(lanes.moved.shape[1] for group in made for lanes in group)
     if most > extra:
-        # What is outgrown gets half as much again: the next batches would soon outgrow what just holds this one.
-        most = rounded(most + -(-most // 2), 2)
+        most = rounded(most, 2)
     fitting = _each(
         lambda plan, lanes: (
             lanes if lanes.moved.shape[1] == most else make_lanes(plan, reach=reach, extra=most)

@@ -87,14 +87,14 @@ class Scatterer:
         Raises:
             ConfigError: as calling this does.
         """
-        self._scattered(batch)
+        # Without the margin of what is outgrown in training: several batches are foreseen, and none is compiled for yet.
+        alone = self._scattered(batch, None).room
+        self.room = alone if self.room is None else alone.enlarged(self.room)
 
-    def _scattered(self, batch: PackedBatch) -> Placed:
+    def _scattered(self, batch: PackedBatch, room: Room | None) -> Placed:
         config, (rows, length) = self.config, batch.shape
         check_share(config.block, rows, length, config.groups, config.parts, config.workers)
-        placed = scatter(np.asarray(batch.segment_ids), config, self.room)
-        self.room = placed.room
-        return placed
+        return scatter(np.asarray(batch.segment_ids), config, room)
 
     def __call__(self, batch: PackedBatch) -> Slots:
         """Slots of a whole batch, NumPy leaves.
@@ -103,7 +103,8 @@ class Scatterer:
             ConfigError: as :func:`check_share`.
             ValueError: positions do not count from each segment's first token.
         """
-        (rows, length), placed = batch.shape, self._scattered(batch)
+        (rows, length), placed = batch.shape, self._scattered(batch, self.room)
+        self.room = placed.room
         here = placed.source >= 0
 
         def taken(x: Any, fill: Any) -> Any:
