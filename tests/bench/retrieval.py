@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 
 from experiments import _retrieval_model as built
 from experiments._long_context_cases import policies
@@ -18,6 +19,15 @@ def chosen(budget: float, mass: float) -> dict[str, Policy]:
 
 
 CHOSEN = chosen(BUDGET, 0.5)
+
+
+def each_policy(*slow: str, fast: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """``name`` of every policy: those of ``fast`` always, those of ``slow`` among the slow tests, the others by night."""
+
+    def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+        return () if name in fast else (pytest.mark.slow if name in slow else pytest.mark.nightly,)
+
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CHOSEN])
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import attention_map
 from jaxllm import H2O
-from tests.bench.retrieval import CHOSEN, LENGTH, reader, sample
+from tests.bench.retrieval import CHOSEN, LENGTH, each_policy, reader, sample
 
 
 def test_positions_follow_evictions_and_selections():
@@ -35,8 +35,7 @@ def test_the_map_is_drawn_and_knows_what_was_read(tmp_path):
     assert found["rkv"]["read"] < 0.15 and 0.1 < found["quest"]["recall"] <= 1.0001
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHOSEN)
+@each_policy("tactic", "rkv")
 def test_a_map_agrees_with_the_taps(name):
     """Tokens counted from what policies named are those that attention reports to have read."""
     given = [token for question, answer, _ in sample().questions[:2] for token in (*question, *answer)]

@@ -16,7 +16,7 @@ from experiments._long_context_data import Job
 from experiments._long_context_verdicts import Figures
 from experiments.tables import caches as tables
 from jaxllm import H2O, KVCache, Policy
-from tests.bench.retrieval import CHOSEN, LAYERS, LENGTH, chosen, reader, sample
+from tests.bench.retrieval import CHOSEN, LAYERS, LENGTH, chosen, each_policy, reader, sample
 
 
 @functools.cache
@@ -31,12 +31,7 @@ def engine(policy: Policy, dtype: str, prompt: list[int]):
     )[0]
 
 
-QUICK = ("quest", "h2o")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CHOSEN]
-)
+@each_policy("tactic", "snapkv", fast=("quest", "h2o"))
 def test_a_shared_prefill_is_the_engines_own(name):
     """What a policy makes of a prompt that was mostly read for another one: the same tokens and probabilities."""
     policy = CHOSEN[name]
@@ -57,8 +52,7 @@ def test_a_cache_is_kept_where_it_is_asked_for():
     assert first.read.shape == (len(question), 2, 2) and (first.read == first.stored).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHOSEN)
+@each_policy("pillar", "window")
 def test_everything_read_is_dense(name):
     policy = chosen(1.0, 1.0)[name]
     question, answer, _ = sample().questions[1]
