@@ -18,7 +18,7 @@ from experiments.bench import _decode_cases as cases
 from experiments.bench._decode_runs import STEPS, Decoder, clocked, turns
 from experiments.bench._protocol import Worker, WorkerError, environment
 from experiments.bench._tasks import tokens_for
-from jaxllm import KVCache
+from jaxllm import KVCache, hf
 from jaxllm.model import functional
 
 # Name to (dtype of weights and activations, cache). The quantised ones are transformers' backends: "quanto" keeps 4 bits
@@ -56,7 +56,7 @@ def peers_case(
     versions: dict[str, str] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        jaxllm.hf.save(lm, folder / "weights", family="qwen3")
+        hf.save(lm, folder / "weights", family="qwen3")
         wanted = _logits(lm)
         for name in names:
             try:

@@ -244,7 +244,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name", ["Quest", pytest.param("Pillar", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["Quest", pytest.param("Pillar", marks=pytest.mark.nightly)])
 def test_policies_go_on_from_a_shared_prefix(name):
     """Their arrays of pages come with the pages; what they keep per slot is made at the prompt's end or later."""
     shared, private = (engine(size, "compute", POLICIES[name]) for size in (POOL, None))

@@ -51,7 +51,13 @@ def whole_pools(cache, text):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    [
+        pytest.param(
+            *case,
+            marks=() if case in QUICK else (pytest.mark.slow if "int4" in case else pytest.mark.nightly,),
+        )
+        for case in CASES
+    ],
 )
 def test_paged_pools_are_updated_in_place(name, dtype):
     cache, step = compiled(name, dtype)

@@ -127,11 +127,18 @@ def dense():
     return answers(None, KVCache())
 
 
-def cases(names):
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+def cases(names, fast=(), slow=()):
+    """Each name or tuple of names: always, among the slow tests, or by night."""
+
+    def marks(name):
+        return () if name in fast else (pytest.mark.slow if name in slow else pytest.mark.nightly,)
+
+    return [
+        pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=marks(name)) for name in names
+    ]
 
 
-@pytest.mark.parametrize("name", cases(FULL))
+@pytest.mark.parametrize("name", cases(FULL, QUICK, ("StreamingLLM", "Tactic")))
 def test_a_full_budget_is_dense(name):
     """Through the same selection and tables, not around them."""
     for mine, wanted in zip(answers(FULL[name], KVCache(page_size=PAGE)), dense()):
@@ -141,13 +148,11 @@ def test_a_full_budget_is_dense(name):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("Quest", "compute"), ("RKV", "int4")]
-    + [
-        pytest.param(name, dtype, marks=pytest.mark.slow)
-        for name in SMALL
-        for dtype in ("compute", "int4")
-        if (name, dtype) not in (("Quest", "compute"), ("RKV", "int4"))
-    ],
+    cases(
+        [(name, dtype) for name in SMALL for dtype in ("compute", "int4")],
+        (("Quest", "compute"), ("RKV", "int4")),
+        (("Tactic", "compute"), ("H2O", "int4"), ("Pillar", "int4")),
+    ),
 )
 def test_what_a_row_gets_depends_on_nothing_but_itself(name, dtype, monkeypatch):
     """Not on its neighbours, their number, the steps of a call, or who waits for a slot."""
@@ -172,7 +177,7 @@ def test_what_a_row_gets_depends_on_nothing_but_itself(name, dtype, monkeypatch)
         assert any(mine.token_ids != full.token_ids for mine, full in zip(together, dense()))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SMALL])
+@pytest.mark.parametrize("name", cases(SMALL, slow=("RKV", "Tactic")))
 def test_a_prompt_in_chunks_is_a_prompt_at_once(name):
     policy, kv = SMALL[name], KVCache(page_size=PAGE)
     for mine, other in zip(answers(policy, kv, chunk=16), answers(policy, kv)):
