@@ -9,8 +9,10 @@ from jaxllm.cli import field_types
 from jaxllm.cli.errors import UserError
 from jaxllm.cli.train import Args, configure, parse_profile
 from jaxllm.cli.train_run import EXAMPLE, TrainRun, build, example, read
+from jaxllm.cli.training_events import assignment_text
 from jaxllm.config import ConfigError, ModelConfig
 from jaxllm.presets import preset
+from jaxllm.train.events import AssignmentEvent
 
 MINIMAL = {"model": "quickstart", "trainer": {"steps": 10}}
 # Three devices divide no number of key heads.
@@ -174,3 +176,12 @@ def test_every_value_of_a_real_configuration_passes_the_type_check():
     for name in ("quickstart", "llama-3.2-1b", "mamba2-130m"):
         fields = preset(name).to_dict()
         assert field_types.checked(ModelConfig, fields, "model.") == fields
+
+
+def test_progress_tells_who_trains_what():
+    whole = AssignmentEvent(0, 3, {0: (0,), 1: (1,), 2: (2,)})
+    assert assignment_text(whole) == "From step 0: all 3 workers train, each its own shard."
+    left = AssignmentEvent(1200, 3, {1: (1, 0), 2: (2,)})
+    assert assignment_text(left) == (
+        "From step 1,200: 2 of 3 workers left; worker 1 trains shards 1 and 0, worker 2 trains shard 2."
+    )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxllm.batch import PackedBatch
-from jaxllm.train.events import StepEvent
+from jaxllm.train.events import AssignmentEvent, StepEvent
 from jaxllm.train.failover import FailoverSettings
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.step import StepSettings
@@ -62,6 +62,9 @@ def worker(folder: Path, steps: int, method: str) -> int:
             row = {"pid": os.getpid(), "step": event.step, "loss": event.loss, "tokens": event.tokens}
             log.write(json.dumps(row | {"members": jax.process_count()}) + "\n")
             time.sleep(PAUSE)
+        elif isinstance(event, AssignmentEvent):
+            with open(folder / f"jobs-{member.worker}.jsonl", "a") as file:
+                file.write(json.dumps([list(event.jobs), list(event.jobs.values())]) + "\n")
 
     def evaluation():
         score = jax.jit(lambda params: sum(abs(leaf).sum() for leaf in jax.tree.leaves(params)))

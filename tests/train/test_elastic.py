@@ -1,5 +1,6 @@
 """A training run whose workers are killed: parameters are those of a run in which nobody was, to the bit."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -100,6 +101,11 @@ def test_killed_workers_leave_no_trace_in_the_parameters(tmp_path):
     assert killed == whole
     worlds = [row["members"] for row in journal if row["event"] == "world"]
     assert worlds[0] == [0, 1, 2] and [1, 2] in worlds
+    told = [json.loads(line) for line in (tmp_path / "killed" / "jobs-1.jsonl").read_text().splitlines()]
+    assert told[0] == [[0, 1, 2], [[0], [1], [2]]]
+    assert [[1, 2], [[1, 0], [2]]] in told and all(
+        sorted(itertools.chain(*jobs)) == [0, 1, 2] for _, jobs in told
+    )
     metrics = (tmp_path / "killed" / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, metrics) if row["kind"] == "train"]
     # Rank 0, who writes, was killed: whoever followed it went on in the same file. The line of its last step may be lost.

@@ -2,7 +2,7 @@
 
 from jaxllm.cli.display import duration
 from jaxllm.cli.training_display import Figures, TrainingDisplay
-from jaxllm.train.events import CompileEvent, EvalEvent, Event, SaveEvent, StepEvent
+from jaxllm.train.events import AssignmentEvent, CompileEvent, EvalEvent, Event, SaveEvent, StepEvent
 
 # Steps of the running mean that stands for the training loss.
 _HORIZON = 50
@@ -37,6 +37,8 @@ class Watcher:
                 self.resumed_from = event.resumed_from
                 self.display.note(f"Going on from the checkpoint of step {event.resumed_from:,}.")
             self.display.note(f"Training step ready after {duration(event.seconds)} of compilation.")
+        elif isinstance(event, AssignmentEvent):
+            self.display.note(assignment_text(event))
         elif isinstance(event, SaveEvent):
             pass
 
@@ -54,3 +56,14 @@ class Watcher:
         elif event.progress:
             figures.remaining = event.elapsed * (1 - event.progress) / event.progress
         self.display.update(figures)
+
+
+def assignment_text(event: AssignmentEvent) -> str:
+    """Who trains what, in a line."""
+    if len(event.jobs) == event.workers:
+        return f"From step {event.step:,}: all {event.workers} workers train, each its own shard."
+    parts = (
+        f"worker {worker} trains shard{'s' * (len(shards) > 1)} {' and '.join(map(str, shards))}"
+        for worker, shards in event.jobs.items()
+    )
+    return f"From step {event.step:,}: {len(event.jobs)} of {event.workers} workers left; {', '.join(parts)}."

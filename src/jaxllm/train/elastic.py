@@ -20,7 +20,7 @@ from jaxllm.model.functional import Params
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.clock import Clock
 from jaxllm.train.degraded import ranks
-from jaxllm.train.events import Callback
+from jaxllm.train.events import AssignmentEvent, Callback
 from jaxllm.train.failover import FailoverSettings, failover_plan, make_failover_step
 from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.optim import OptimConfig
@@ -146,6 +146,7 @@ class ElasticTrainer(Trainer):
         self._changing = False
         self._bases: Any = None
         self._shrunk = False
+        self._told: Assignment | None = None
 
     def _take_devices(self) -> None:
         # There are none before the first world.
@@ -254,6 +255,14 @@ class ElasticTrainer(Trainer):
         found = assign(self.world.workers, self.world.members, step // ROTATION)
         return replace(found, jobs=self.failover.jobs(found.jobs))
 
+    def _tell(self) -> None:
+        """Say who does what when that has changed."""
+        found = self._assignment(self.step)
+        if found != self._told:
+            self._told = found
+            jobs = dict(zip(found.live, found.jobs, strict=True))
+            self.reporter.emit(AssignmentEvent(self.step, found.workers, jobs))
+
     def _use_evaluation(self) -> None:
         if self.evaluation is not None:
             whole = self.evaluation()
@@ -264,6 +273,7 @@ class ElasticTrainer(Trainer):
 
     def _next(self) -> Any:
         self.member.stepping(self.step)
+        self._tell()
         given = super()._next()
         # Rows of idle slots are no rows of the run.
         self.reporter.shape = self.shards.loader.batch_size, self.reporter.shape[1]

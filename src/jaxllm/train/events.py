@@ -81,5 +81,20 @@ class SaveEvent:
     folder: Path
 
 
-Event = CompileEvent | StepEvent | EvalEvent | SaveEvent
+@dataclass(frozen=True)
+class AssignmentEvent:
+    """From the step after ``step`` steps on, other workers train the shards of the batch than before.
+
+    Attributes:
+        step: batches trained on so far.
+        workers: of the run, living or not; shard i is worker i's while all live.
+        jobs: shards of each living worker; who has several does them with degraded gradients, if the run has such.
+    """
+
+    step: int
+    workers: int
+    jobs: dict[int, tuple[int, ...]]
+
+
+Event = CompileEvent | StepEvent | EvalEvent | SaveEvent | AssignmentEvent
 Callback = Callable[[Event], None]
