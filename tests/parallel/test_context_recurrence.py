@@ -108,6 +108,19 @@ def test_outputs_keep_the_inputs_dtype_and_states_are_float32(found):
 
 @pytest.mark.slow
 def test_random_meshes_blocks_and_mixtures(seed):
+    """Of each kind of mesh one, and many mixtures in its program."""
+    rng = np.random.default_rng(seed)
+    few, many, stretches = (int(rng.integers(*of)) for of in ((1, 5), (5, 9), (1, 9)))
+    blocks = rng.integers(1, 10, 3).tolist()
+    shapes = ([few], [many], [4, 2])
+    cases = [
+        {"shape": shape, "block": block, "rounds": 6, "seed": seed} for shape, block in zip(shapes, blocks)
+    ]
+    check(simulated([*cases, {"shape": [stretches], "block": 0, "rounds": 16, "seed": seed}], [])["cases"])
+
+
+@pytest.mark.nightly
+def test_all_numbers_of_workers(seed):
     rng = np.random.default_rng(seed)
     cases = [
         {"shape": [workers], "block": int(rng.integers(1, 10)), "rounds": 4, "seed": seed}

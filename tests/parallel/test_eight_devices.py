@@ -26,9 +26,14 @@ FILES = ["check_exchange.py", "check_attention.py", "check_programs.py", "check_
 
 @pytest.mark.parametrize("file", FILES)
 def test_on_eight_devices(file):
-    run(file, "not slow")
+    run(file, "not slow and not nightly")
 
 
 @pytest.mark.slow
 def test_more_workers_and_shapes():
     run("check_attention.py", "slow")
+
+
+@pytest.mark.nightly
+def test_all_workers_and_shapes():
+    run("check_attention.py", "nightly")

@@ -58,10 +58,13 @@ FAST = [
     Case(1, 4, 12, 4, 36, (2, 1, 4), window=3),
 ]
 SLOW = [
-    Case(3, 5, 6, 4, 60, (6, 3, 8), window=1, plan_window=1),
-    Case(4, 16, 5, 6, 200, (4, 4, 16), soft_cap=20.0),
     Case(6, 2, 7, 16, 50, (4, 2, 4), window=9, soft_cap=2.0),
     Case(7, 1, 9, 56, 40, (2, 1, 8)),
+    Case(8, 8, 6, 12, 180, (8, 1, 8), window=20, plan_window=20, backend="allgather"),
+]
+NIGHTLY = [
+    Case(3, 5, 6, 4, 60, (6, 3, 8), window=1, plan_window=1),
+    Case(4, 16, 5, 6, 200, (4, 4, 16), soft_cap=20.0),
     Case(8, 8, 6, 12, 180, (8, 1, 8), window=20, plan_window=20),
     Case(8, 4, 6, 12, 110, (4, 2, 8), backend="allgather"),
 ]
@@ -192,4 +195,10 @@ def test_a_layer_that_sees_more_than_the_plan_is_refused(window):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_equals_one_device_at_length(case):
+    check(case, 40)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", NIGHTLY, ids=str)
+def test_equals_one_device_in_every_shape(case):
     check(case, 40)
