@@ -37,6 +37,7 @@ class ScatterConfig:
         backend: of :class:`parallel.context.exchange.Exchange`.
         stage_rounds: rounds of communication that travel at once.
         reach: most inputs that a convolution of the model looks back; None: no layer has a state.
+        window: of the model's widest attention, as :class:`parallel.context.plan.PlanConfig` has it.
     """
 
     workers: int
@@ -47,11 +48,14 @@ class ScatterConfig:
     backend: str = "rotate"
     stage_rounds: int = 16
     reach: int | None = 3
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "groups", "parts", "block", "stage_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"scatter {name}={getattr(self, name)!r}: must be at least 1")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"scatter window={self.window!r}: must be None or at least 1")
         if self.strategy not in SCATTER_STRATEGIES:
             raise ValueError(
                 f"scatter strategy={self.strategy!r}: must be one of {', '.join(SCATTER_STRATEGIES)}"
@@ -221,7 +225,7 @@ def _planned(
 
     def planned(part: _Part, at_least: Capacity | None) -> Plan:
         if config.strategy == "ulysses":
-            return ulysses_plan(part.lengths, config.workers, config.block, at_least)
+            return ulysses_plan(part.lengths, config.workers, config.block, at_least, config.window)
         return make_plan(part.lengths, inner, at_least)
 
     inner = PlanConfig(
@@ -230,6 +234,7 @@ def _planned(
         "fcp" if config.strategy == "ulysses" else config.strategy,
         stage_rounds=config.stage_rounds,
         rounds="rotations" if config.backend == "rotate" else "matchings",
+        window=config.window,
     )
     plans = _each(lambda part: planned(part, capacity), parts)
     common = reduce(Capacity.enlarged, (plan.capacity for group in plans for plan in group))

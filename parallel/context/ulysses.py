@@ -25,6 +25,7 @@ def ulysses_plan(
     workers: int,
     block: int = 4096,
     at_least: Capacity | None = None,
+    window: int | None = None,
 ) -> Plan:
     """A plan for one worker, whose slots ``workers`` share equally: of its S slots worker w holds those from w S / N.
 
@@ -33,11 +34,12 @@ def ulysses_plan(
         workers: devices that share the slots.
         block: tokens of a block.
         at_least: as :func:`parallel.context.plan.make_plan` takes it.
+        window: of :class:`parallel.context.plan.PlanConfig`.
 
     Raises:
         ValueError: as :func:`parallel.context.plan.make_plan`.
     """
-    config = PlanConfig(1, block, "ring")
+    config = PlanConfig(1, block, "ring", window=window)
     plan = make_plan(lengths, config, at_least)
     capacity = replace(plan.capacity, slots=-(-plan.capacity.slots // workers) * workers)
     return plan if capacity == plan.capacity else make_plan(lengths, config, at_least=capacity)

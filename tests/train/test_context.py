@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxllm.batch import PackedBatch
-from jaxllm.config import ConfigError
-from jaxllm.train.context import FORESEEN, Ahead, ContextSettings, Scatterer, _further_weights
+from jaxllm.config import AttentionConfig, ConfigError, MTPConfig
+from jaxllm.train.context import FORESEEN, Ahead, ContextSettings, Scatterer, Slots, _further_weights
 from jaxllm.train.mtp import ahead
 from parallel.context import SCATTER_STRATEGIES
 from parallel.mesh import MeshShape, abstract_mesh
@@ -43,8 +43,21 @@ class Documents:
         self.step = state["step"]
 
 
-def scatterer(strategy: str = "fcp", context: int = 4, block: int = 16, **axes: int) -> Scatterer:
-    cfg, mesh = tiny_config("M*"), abstract_mesh(MeshShape(context=context, **axes))
+WINDOW = 20
+
+
+def scatterer(
+    strategy: str = "fcp",
+    context: int = 4,
+    block: int = 16,
+    pattern: str = "M*",
+    mtp: str | None = None,
+    **axes: int,
+) -> Scatterer:
+    attention = AttentionConfig(2, num_kv_heads=1, head_dim=8, window=WINDOW)
+    prediction = None if mtp is None else MTPConfig(pattern=mtp)
+    cfg = tiny_config(pattern, attention=attention, mtp=prediction)
+    mesh = abstract_mesh(MeshShape(context=context, **axes))
     return Scatterer(cfg, ContextSettings(strategy, block, stage_rounds=4), mesh)
 
 
@@ -97,7 +110,14 @@ def test_restored_batches_are_the_same_whatever_was_read_ahead():
 
 
 @pytest.mark.parametrize(
-    "made", [scatterer("ring", 2), scatterer(block=8), scatterer("ulysses"), scatterer("ulysses", 2)]
+    "made",
+    [
+        scatterer("ring", 2),
+        scatterer(block=8),
+        scatterer("ulysses"),
+        scatterer("ulysses", 2),
+        scatterer(pattern="WM"),
+    ],
 )
 def test_a_room_of_other_devices_or_blocks_is_left(made):
     one = Ahead(Documents(), scatterer())
@@ -110,6 +130,62 @@ def test_a_room_of_other_devices_or_blocks_is_left(made):
     next(other)
     assert other.state()["step"] == 2 and made.room_of(other.state()["context"]) == made.room
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mtp", "seen"),
+    [
+        ("M*-", None, None),
+        ("WM", None, WINDOW),
+        ("W*", None, None),
+        ("W-", "*-", None),
+        ("*-", "W-", None),
+        ("M-", "W-", WINDOW),
+        ("M-", None, 1),
+    ],
+)
+def test_plans_are_for_the_widest_attention_of_the_model(pattern, mtp, seen):
+    for strategy in ("fcp", "ulysses"):
+        made = scatterer(strategy, pattern=pattern, mtp=mtp)
+        made(next(Documents(length=64)))
+        assert made.room is not None and made.room.capacity.window == made.config.window == seen
+
+
+def travelling(slots: Slots, workers: int, block: int, window: float) -> int:
+    """(worker, block of keys of another one) of which a query of the worker sees some, token by token."""
+    ids, positions = (np.asarray(x).reshape(-1) for x in (slots.batch.segment_ids, slots.batch.positions))
+    worker = np.repeat(np.arange(workers), len(ids) // workers)
+    ids, positions, worker = (x[ids > 0] for x in (ids, positions, worker))
+    apart = positions[:, None] - positions
+    seen = (ids[:, None] == ids) & (apart >= 0) & (apart < window) & (worker[:, None] != worker)
+    query, key = np.nonzero(seen)
+    return len(np.unique(np.stack([worker[query], ids[key], positions[key] // block]), axis=1).T)
+
+
+@pytest.mark.parametrize("strategy", ["fcp", "fcp-pairs", "ring"])
+def test_only_keys_that_some_layer_sees_travel(strategy, seed):
+    """Of random documents in one row, and of a long one in another."""
+    batch, sent = next(Documents(2, 384, seed=seed)), []
+    for x, long in zip(jax.tree.leaves(batch), (0, 1, np.arange(384))):
+        x[1] = long
+    for pattern, window in (("M*", np.inf), ("WM", WINDOW), ("M-", 1)):
+        made = scatterer(strategy, pattern=pattern)
+        slots = made(batch)
+        sent.append(int((np.asarray(slots.scattered.plan.send_slot) >= 0).sum()))
+        assert sent[-1] == travelling(slots, 4, 16, window)
+    assert made.room is not None and made.room.capacity.rounds == 0
+    assert sent[0] > sent[1] > sent[2] == 0
+
+
+def test_a_window_spares_most_of_what_would_travel():
+    """A document of 384 tokens: of its 24 blocks each is seen by at most two later ones."""
+    ones = np.ones((1, 384), np.int32)
+    batch = PackedBatch(ones, ones, np.arange(384, dtype=np.int32)[None])
+    sent = {
+        pattern: int((np.asarray(scatterer(pattern=pattern)(batch).scattered.plan.send_slot) >= 0).sum())
+        for pattern in ("M*", "WM")
+    }
+    assert sent["WM"] <= 2 * 24 < sent["M*"]
 
 
 def test_what_fails_while_planning_ahead_fails_at_its_batch():

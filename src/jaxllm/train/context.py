@@ -79,6 +79,7 @@ class Scatterer:
             backend=settings.exchange,
             stage_rounds=settings.stage_rounds,
             reach=reach(cfg),
+            window=sight(cfg),
         )
 
     def grow(self, batch: PackedBatch) -> None:
@@ -134,8 +135,10 @@ class Scatterer:
         made = Room(Capacity(**capacity), found["extra"])
         config = self.config
         heads = config.strategy == "ulysses"
-        own = (1 if heads else config.workers), config.block, (16 if heads else config.stage_rounds)
-        fits = own == (made.capacity.workers, made.capacity.block, made.capacity.stage_rounds)
+        workers, stage_rounds = (1, 16) if heads else (config.workers, config.stage_rounds)
+        own = workers, config.block, stage_rounds, config.window
+        of = made.capacity
+        fits = own == (of.workers, of.block, of.stage_rounds, of.window)
         shifts = 0 if heads or config.backend != "rotate" else config.workers - 1
         whole = not heads or made.capacity.slots % config.workers == 0
         return made if fits and whole and len(made.capacity.shifts) == shifts else None
@@ -200,6 +203,19 @@ def reach(cfg: ModelConfig) -> int | None:
     mixers = {"M": cfg.mamba, "G": cfg.delta, "J": cfg.jet}
     widths = [mixer.conv_kernel for letter, mixer in mixers.items() if mixer and letter in cfg.letters]
     return max(widths) - 1 if widths else None
+
+
+def sight(cfg: ModelConfig) -> int | None:
+    """Keys that a query of the model's widest attention sees, itself included; None: all before it in its document.
+
+    A model without attention sees no key but its own, so that only its tokens are balanced and none is planned to travel.
+    """
+    if "*" in cfg.letters:
+        return None
+    if "W" not in cfg.letters:
+        return 1
+    assert cfg.attention is not None
+    return cfg.attention.window
 
 
 class Ahead:
