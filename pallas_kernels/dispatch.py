@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {
     "quantized_matmul": ("mosaic_gpu", "xla", "reference"),
     "segmented_matmul": ("xla", "reference"),
     "ssd": ("mosaic_gpu", "xla", "reference"),
+    "ssd.step": ("mosaic_gpu", "xla", "reference"),
     "ssd.window": ("xla", "reference"),
 }
 # These run wherever XLA does.

@@ -24,6 +24,7 @@ _BORROWED = {
     "causal_conv.step": ("causal_conv",),
     "dynamic_conv": ("causal_conv",),
     "paged_attention": ("attention",),
+    "ssd.step": ("attention",),
 }
 
 

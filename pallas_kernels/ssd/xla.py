@@ -19,11 +19,11 @@ def supports(*_args, **_options) -> str | None:
     return None
 
 
-def _one_token(x, dt, A, B, C, D, state):
-    """Decode: the recurrence itself."""
-    rows, _, H, P = x.shape
-    G, N = B.shape[2:]
-    x, dt, B, C = (v[:, 0].astype(jnp.float32) for v in (x, dt, B, C))
+def one_token(x, dt, A, B, C, D, state):
+    """Decode: the recurrence itself, in float32, of x [B, H, P]; the state before it may be None."""
+    rows, H, P = x.shape
+    G, N = B.shape[1:]
+    x, dt, B, C = (v.astype(jnp.float32) for v in (x, dt, B, C))
     # Held, as one array: fused into the update, all that leads to them would be done once per element of the state.
     parts = (jnp.exp(dt * A), dt[..., None] * x, B)
     held = materialise(jnp.concatenate([v.reshape(rows, -1) for v in parts], axis=1))
@@ -34,7 +34,7 @@ def _one_token(x, dt, A, B, C, D, state):
     by_group = new.reshape(rows, G, -1, N)
     y = jnp.einsum("bgmn,bgn->bgm", by_group, C, precision="highest").reshape(rows, H, P)
     y = y if D is None else y + D[:, None] * x
-    return y[:, None], new
+    return y, new
 
 
 def _chunked(x, dt, A, B, C, ids, start, aligned, Q, dtype):
@@ -75,8 +75,8 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, open_end
         x, dt, B, C = (jnp.where(live.reshape(rows, T, *[1] * (v.ndim - 2)), v, 0) for v in (x, dt, B, C))
     if T == 1 and n in (None, 1):
         start = None if initial_state is None else initial_state[:, 0]
-        y, state = _one_token(x, dt, A, B, C, D, start)
-        return y.astype(x.dtype), None if n is None else state[:, None]
+        y, state = one_token(*(v[:, 0] for v in (x, dt)), A, *(v[:, 0] for v in (B, C)), D, start)
+        return y[:, None].astype(x.dtype), None if n is None else state[:, None]
     x, dt, B, C = (materialise(v) for v in (x, dt, B, C))
     Q = min(chunk_size, _MAX_CHUNK, T)
     if initial_state is None:
