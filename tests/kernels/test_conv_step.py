@@ -49,6 +49,20 @@ def test_steps_are_the_row_and_other_slots_keep_their_bits(implementation, activ
     np.testing.assert_array_equal(pool[idle], np.asarray(arrays["pool"])[idle])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_rows_in_the_order_of_their_slots_are_the_same_step(implementation, seed):
+    arrays = SMALL.inputs(jax.random.key(seed))
+    live = jnp.array([True, False, True])
+    named = {**arrays, "slots": jnp.where(live, jnp.arange(3), -1)}
+    wanted = run(named, "reference")
+    in_order = {name: v for name, v in arrays.items() if name != "slots"} | {"live": live}
+    in_order["x"] = in_order["x"].at[1].set(jnp.nan)
+    close(run(in_order, implementation), wanted, 2e-6)
+    np.testing.assert_array_equal(run(in_order, implementation)[1][1], arrays["pool"][1])
+    all_live = {name: v for name, v in arrays.items() if name != "slots"}
+    close(run(all_live, implementation), run({**arrays, "slots": jnp.arange(3)}, "reference"), 2e-6)
+
+
 def test_the_interpreted_kernel_agrees_with_the_reference_and_repeats(seed):
     bare = {name: v for name, v in SMALL.inputs(jax.random.key(seed)).items() if name != "bias"}
     with compat.interpreted():
@@ -86,6 +100,8 @@ def test_the_kernel_lowers_in_place_and_xla_does_nothing(one):
         ({"bias": np.ones(64, np.float32)}, "bias.shape"),
         ({"pool": np.ones((2, 4, 128), np.float32)}, "pool.shape"),
         ({"slots": np.zeros(2, np.int32)}, "slots.shape"),
+        ({"live": np.ones(2, bool)}, "live.shape"),
+        ({"slots": None}, "a slot for each of 3 rows"),
         ({"activation": "relu"}, "activation='relu': expected 'silu'"),
         ({"implementation": "mosaic_gpu"}, "it needs a Hopper GPU, not cpu"),
     ],

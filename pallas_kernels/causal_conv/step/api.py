@@ -1,10 +1,11 @@
 """Public entry of the decode step of the causal convolution."""
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_shape
 from pallas_kernels.causal_conv.activation import require_activation
+from pallas_kernels.slots import require_slots
 
 
 def causal_conv_step(
@@ -13,7 +14,8 @@ def causal_conv_step(
     bias: Float[Array, "D"] | None = None,
     *,
     pool: Float[Array, "S k-1 D"],
-    slots: Int[Array, "B"],
+    slots: Int[Array, "B"] | None = None,
+    live: Bool[Array, "B"] | None = None,
     activation: str | None = "silu",
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B D"], Float[Array, "S k-1 D"]]:
@@ -24,7 +26,8 @@ def causal_conv_step(
         weight: one filter of k taps per channel, the oldest input first.
         bias: added before the activation; None for none.
         pool: the last k-1 raw inputs of every slot. Donate it, else it is copied first.
-        slots: the slot of each row, no slot twice; -1: the row is idle, and its input is never read.
+        slots: the slot of each row, no slot twice; -1: the row is idle. None: row b has slot b.
+        live: False where a row is idle: its input is never read, its slot stays as it is. None: all.
         activation: "silu", or None for the identity.
         implementation: "auto", "mosaic_gpu" (Hopper), "xla" or "reference".
 
@@ -43,8 +46,8 @@ def causal_conv_step(
     require_shape("bias", bias, (D,), "D")
     require(pool.ndim == 3, "pool.shape", pool.shape, "three dimensions [S, k-1, D]")
     require_shape("pool", pool, (pool.shape[0], k - 1, D), "S, k-1, D")
-    require_shape("slots", slots, (rows,), "B")
+    require_slots(slots, live, rows, pool)
     require_activation(activation)
-    options = {"pool": pool, "slots": slots, "activation": activation}
+    options = {"pool": pool, "slots": slots, "live": live, "activation": activation}
     module = dispatch.choose("causal_conv.step", implementation, x, weight, bias, **options)
     return module.run(x, weight, bias, **options)

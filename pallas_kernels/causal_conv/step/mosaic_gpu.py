@@ -8,6 +8,7 @@ from pallas_kernels import compat
 from pallas_kernels.causal_conv.mosaic_gpu import refusal
 from pallas_kernels.causal_conv.mosaic_rows import Plan, compiler_params, sigmoid, weighted
 from pallas_kernels.causal_conv.tiles import Tiles
+from pallas_kernels.slots import slot_ids
 from pallas_kernels.tiles import tiles
 
 REASON = "windows read and written in place, once each"
@@ -18,7 +19,7 @@ def supports(x, weight, _bias, **_options) -> str | None:
     return refusal(x, weight.shape[0], 8)
 
 
-def run(x, weight, bias, *, pool, slots, activation):
+def run(x, weight, bias, *, pool, slots, live, activation):
     B, D = x.shape
     pl = compat.pl
     plan = Plan.of(x[:, None], weight.shape[0], tiles("causal_conv.step", "step", Tiles(rows=8, unroll=1)))
@@ -42,7 +43,7 @@ def run(x, weight, bias, *, pool, slots, activation):
 
     return compat.mosaic_in_place(
         kernel,
-        (x, weight, bias, slots),
+        (x, weight, bias, slot_ids(slots, live, B)),
         pool,
         name="causal_conv_step",
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),

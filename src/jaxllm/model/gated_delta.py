@@ -12,7 +12,7 @@ from jaxllm.linear import Context
 from jaxllm.model.delta import HeadNorm, scan_inputs
 from jaxllm.model.initial import a_log, centred, dt_bias
 from jaxllm.model.layers import Linear, parameter
-from jaxllm.model.recurrent import Ops, Pass, Recurrent
+from jaxllm.model.recurrent import Ops, Pass, Recurrent, conv_step
 from jaxllm.model.shares import split
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.causal_conv.window import causal_conv_window
@@ -39,6 +39,7 @@ class GatedDelta(Recurrent):
         gated_delta_commit,
         conv_scattered=halo.causal_conv,
         scan_scattered=recurrence.gated_delta,
+        conv_step=conv_step,
     )
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):

@@ -12,13 +12,22 @@ from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
 from jaxllm.model.initial import a_log, centred, dt_bias
 from jaxllm.model.layers import GatedRMSNorm, Linear, parameter
-from jaxllm.model.recurrent import Ops, Pass, Recurrent
+from jaxllm.model.recurrent import Ops, Pass, Recurrent, conv_step
 from jaxllm.model.shares import split
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.causal_conv.window import causal_conv_window
 from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd.step import ssd_step
 from pallas_kernels.ssd.window import ssd_commit, ssd_window
 from parallel.context import halo, recurrence
+
+
+def _scan_step(
+    x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, **options: Any
+) -> tuple[Array, Array]:
+    """:func:`ssd_step` as ``Ops.scan_step``."""
+    y, pool = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, **options)
+    return y[:, None], pool
 
 
 class Mamba(Recurrent):
@@ -35,6 +44,8 @@ class Mamba(Recurrent):
         ssd_commit,
         conv_scattered=halo.causal_conv,
         scan_scattered=recurrence.ssd,
+        conv_step=conv_step,
+        scan_step=_scan_step,
     )
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):

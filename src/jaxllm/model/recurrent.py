@@ -11,6 +11,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.cache.recurrent import MatrixState, read_rows, write_rows
 from jaxllm.cache.window import RecurrentWindow, accepted_nodes, window_ancestors
 from jaxllm.linear import Context
+from pallas_kernels.causal_conv.step import causal_conv_step
 from pallas_kernels.causal_conv.window import causal_conv_commit
 from parallel.context.scattered import Scattered
 
@@ -21,7 +22,9 @@ Pass = Callable[..., tuple[Array, Any]]
 class Ops(NamedTuple):
     """A mixer's kernels: over packed documents, along the paths of a window, and the state after one path.
 
-    The ``scattered`` ones take documents whose blocks lie on several devices (:mod:`parallel.context`).
+    The ``scattered`` ones take documents whose blocks lie on several devices (:mod:`parallel.context`). The ``step``
+    ones take the arrays of the others, of one token a row, and ``pool``, ``live`` and ``implementation``; they return
+    the pool after it. None: there is no such kernel, and a token goes the way of any chunk.
     """
 
     conv: Pass
@@ -31,6 +34,14 @@ class Ops(NamedTuple):
     scan_commit: Callable[..., Array]
     conv_scattered: Callable[..., Array]
     scan_scattered: Pass
+    conv_step: Pass | None = None
+    scan_step: Pass | None = None
+
+
+def conv_step(inputs: Float[Array, "B 1 C"], *parameters: Any, **options: Any) -> tuple[Array, Array]:
+    """:func:`causal_conv_step` as ``Ops.conv_step``."""
+    y, pool = causal_conv_step(inputs[:, 0], *parameters, **options)
+    return y[:, None], pool
 
 
 class Recurrent(nnx.Module):
@@ -50,27 +61,15 @@ class Recurrent(nnx.Module):
         """
         raise NotImplementedError
 
-    def _packed(
-        self, x: Array, batch: PackedBatch, ctx: Context, conv: Array | None, matrix: Array | None
-    ) -> tuple[Array, Any, Any]:
-        """:meth:`mix` with the states after each segment, from those before it; None: zeros, and none are kept."""
-        packed = {"segment_ids": batch.segment_ids, "implementation": ctx.implementation}
-        options = self._options(ctx)
-        return self.mix(
-            x,
-            partial(self.ops.conv, initial_state=conv, **packed),
-            partial(self.ops.scan, initial_state=matrix, **packed, **options),
-            ctx,
-        )
-
     def __call__(
         self, x: Float[Array, "B T D"], batch: PackedBatch, ctx: Context
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Training: every segment starts from a zero state and keeps nothing."""
         if ctx.scattered is not None:
             return self._scattered(x, ctx, ctx.scattered), {}
-        y, _, _ = self._packed(x, batch, ctx, None, None)
-        return y, {}
+        packed = {"segment_ids": batch.segment_ids, "implementation": ctx.implementation}
+        scan = partial(self.ops.scan, **packed, **self._options(ctx))
+        return self.mix(x, partial(self.ops.conv, **packed), scan, ctx)[0], {}
 
     def _scattered(self, x: Array, ctx: Context, scattered: Scattered) -> Array:
         """:meth:`mix` over this device's slots; which token follows which is in the plan's lanes."""
@@ -89,9 +88,10 @@ class Recurrent(nnx.Module):
         self, x: Float[Array, "B T D"], batch: PackedBatch, state: MatrixState, ctx: Context
     ) -> tuple[Float[Array, "B T D"], MatrixState, dict[str, Any]]:
         """Prefill chunk or decode: each segment goes on from its slot's state."""
-        before = read_rows(state.conv, batch), read_rows(state.matrix, batch)
-        y, conv, matrix = self._packed(x, batch, ctx, *before)
-        return y, _written(state, batch, conv, matrix), {}
+        conv = _going_on(self.ops.conv, self.ops.conv_step, state.conv, batch, ctx)
+        scan = _going_on(self.ops.scan, self.ops.scan_step, state.matrix, batch, ctx, **self._options(ctx))
+        y, conv_pool, matrix_pool = self.mix(x, conv, scan, ctx)
+        return y, MatrixState(conv_pool, matrix_pool), {}
 
     def window(
         self, x: Float[Array, "B W D"], batch: PackedBatch, state: MatrixState, ctx: Context
@@ -114,7 +114,9 @@ class Recurrent(nnx.Module):
         accepted, ancestors = accepted_nodes(batch, path, n), window_ancestors(batch)
         conv = causal_conv_commit(window.inputs, ancestors, accepted, conv_before)
         matrix = self.ops.scan_commit(window.factors, accepted, before)
-        return _written(state, batch, conv[:, None], matrix[:, None])
+        return MatrixState(
+            write_rows(state.conv, batch, conv[:, None]), write_rows(state.matrix, batch, matrix[:, None])
+        )
 
 
 def _before(state: MatrixState, batch: PackedBatch) -> tuple[Array, Array]:
@@ -122,5 +124,26 @@ def _before(state: MatrixState, batch: PackedBatch) -> tuple[Array, Array]:
     return read_rows(state.conv, batch)[:, 0], read_rows(state.matrix, batch)[:, 0]
 
 
-def _written(state: MatrixState, batch: PackedBatch, conv: Array, matrix: Array) -> MatrixState:
-    return MatrixState(write_rows(state.conv, batch, conv), write_rows(state.matrix, batch, matrix))
+def _going_on(
+    op: Pass, step: Pass | None, pool: Array, batch: PackedBatch, ctx: Context, **options: Any
+) -> Pass:
+    """``op`` from the states of the batch's segments on; what it keeps is the pool after them.
+
+    Decode takes ``step``: one token a row, each in the row's own slot. With slots named, one of -1 may still have a
+    token, which starts from zeros and has an output; to ``step`` such a row is idle.
+    """
+    if step is not None and batch.slots is None and batch.shape[1] == 1:
+        live = batch.segment_ids[:, 0] > 0
+        return partial(step, pool=pool, live=live, implementation=ctx.implementation)
+
+    def through(*arrays: Any) -> tuple[Array, Array]:
+        y, after = op(
+            *arrays,
+            segment_ids=batch.segment_ids,
+            initial_state=read_rows(pool, batch),
+            implementation=ctx.implementation,
+            **options,
+        )
+        return y, write_rows(pool, batch, after)
+
+    return through
