@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_operand_dtype, require_shape
-from pallas_kernels.quantized_matmul.codes import GROUPS, QuantizedRows, QuantizedWeight
+from pallas_kernels.quantized_matmul.codes import EIGHT_BITS, GROUPS, QuantizedRows, QuantizedWeight
 
 _FLOATS = ("bfloat16", "float16", "float32")
 # So many products of two codes of 8 bits may not fit into 32 bits.
@@ -15,11 +15,10 @@ _MOST_INPUTS = 2**31 // 128**2
 
 def _check_weight(w: QuantizedWeight) -> None:
     require(w.bits in (4, 8), "w.bits", w.bits, "4 or 8")
-    wanted = "uint8" if w.bits == 4 else "int8"
+    wanted = ("uint8",) if w.bits == 4 else EIGHT_BITS
     how = "two codes to a byte, see pack_codes" if w.bits == 4 else "one code a byte"
-    require(
-        w.codes.dtype == wanted, "w.codes.dtype", w.codes.dtype.name, f"{wanted} with {w.bits} bits, {how}"
-    )
+    allowed = f"{' or '.join(wanted)} with {w.bits} bits, {how}"
+    require(w.codes.dtype.name in wanted, "w.codes.dtype", w.codes.dtype.name, allowed)
     require(w.codes.ndim == 2, "w.codes.shape", w.codes.shape, "two dimensions, outputs first")
     require(w.scale.ndim == 2, "w.scale.shape", w.scale.shape, "two dimensions [K / group, N]")
     N, K = w.shape
@@ -36,14 +35,16 @@ def _check_weight(w: QuantizedWeight) -> None:
 
 
 def _check_rows(x: QuantizedRows, w: QuantizedWeight) -> None:
-    require(x.codes.dtype == jnp.int8, "x.codes.dtype", x.codes.dtype.name, "int8; see quantize_rows")
+    kinds = f"{' or '.join(EIGHT_BITS)}; see quantize_rows"
+    require(x.codes.dtype.name in EIGHT_BITS, "x.codes.dtype", x.codes.dtype.name, kinds)
     require(x.scale.ndim == 2, "x.scale.shape", x.scale.shape, "two dimensions [M, 1] or [M, K / group]")
     M, groups = x.shape[0], w.scale.shape[0]
     allowed = f"({M}, 1) or ({M}, {groups}), a scale a row or one for each group of the weights"
     require(x.scale.shape in ((M, 1), (M, groups)), "x.scale.shape", x.scale.shape, allowed)
     require(x.scale.dtype == jnp.float32, "x.scale.dtype", x.scale.dtype.name, "float32")
     allowed = f"below {_MOST_INPUTS}, for int32 sums are exact no further; use groups"
-    require(w.group < _MOST_INPUTS, "K / w.scale.shape[0]", w.group, allowed)
+    floats = x.codes.dtype != jnp.int8 or w.codes.dtype.name in EIGHT_BITS[1:]
+    require(floats or w.group < _MOST_INPUTS, "K / w.scale.shape[0]", w.group, allowed)
 
 
 def quantized_matmul(
@@ -58,18 +59,19 @@ def quantized_matmul(
 
     With float x (W4A16, W8A16) the values of the weights are multiplied. With quantised rows (W8A8, W4A8) the codes are:
     ``y[m, n] = sum_g (sum of products of codes in group g) * (x.scale[m, g] * w.scale[g, n])``, the inner sums exact in
-    int32, the scales multiplied in float32 (in float16, as in Atom's kernel, they could underflow).
+    int32, the scales multiplied in float32 (in float16, as in Atom's kernel, they could underflow). Where either has codes
+    of float8 the products are exact and their sums are of float32.
 
     Source: Atom (arXiv 2310.19102), sections B and E of its arithmetic, without the outlier channels.
 
-    Differentiable by x, or by the scale of quantised rows, and by scale and offset of the weights. Codes are integers and
-    have no gradient.
+    Differentiable by x, or by the scale of quantised rows, and by scale and offset of the weights. Codes have no
+    gradient, float8 or not.
 
     Args:
         x: rows, or quantised rows, which several products may share.
         w: the weights; groups of 32, 64 or 128 inputs, or one a row.
         operand_dtype: dtype to which x, the values of W and the cotangents are rounded (sums are float32); None keeps
-            that of x. Not with quantised rows, which are multiplied as integers.
+            that of x. Not with quantised rows, whose codes are multiplied.
         out_dtype: dtype of y; None: that of x, or float32 for quantised rows.
         implementation: "auto", "mosaic_gpu", "xla" or "reference".
 

@@ -1,6 +1,7 @@
-"""Weights in 4 or 8 bits and activations in 8 bits: integer codes, and a scale per group of inputs.
+"""Weights in 4 or 8 bits and activations in 8 bits: integer or float8 codes, and a scale per group of inputs.
 
-``value = code * scale + offset``, the code signed: -8..7 or -128..127. Symmetric weights have no offset. That of
+``value = code * scale + offset``, the code signed: -8..7, -128..127, or a float of 8 bits: e4m3 (finite up to 448) or
+e5m2 (up to 57344), all of which bfloat16 holds exactly. A code that is not a number makes its products so. Symmetric weights have no offset. That of
 asymmetric ones is a float, not a zero point among the codes: groups far from 0 would be lost (Atom, arXiv 2310.19102, and
 its serving kernel). GPTQ's and AWQ's ``(u - z) * scale`` with unsigned u is ``code = u - 8``, ``offset = (8 - z) * scale``.
 
@@ -20,6 +21,8 @@ from pallas_kernels.arguments import require
 
 BIAS = 8
 GROUPS = (32, 64, 128)
+# Codes of 8 bits: integers, and the floats of OCP's 8-bit specification.
+EIGHT_BITS = ("int8", "float8_e4m3fn", "float8_e5m2")
 # Below it a group counts as zero (Atom).
 _LEAST = 1e-5
 
@@ -30,7 +33,7 @@ class QuantizedWeight:
     """A weight of N outputs and K inputs, K-major.
 
     Attributes:
-        codes: u8[N, K / 2] for 4 bits, two to a byte as this file's head says; i8[N, K] for 8.
+        codes: u8[N, K / 2] for 4 bits, two to a byte as this file's head says; i8, e4m3 or e5m2[N, K] for 8.
         scale: float[K / group, N].
         offset: value of code 0, as scale; None: symmetric.
         bits: 4 or 8.
@@ -63,7 +66,7 @@ class QuantizedRows:
     """M rows of K activations that several products may share.
 
     Attributes:
-        codes: i8[M, K].
+        codes: i8, e4m3 or e5m2[M, K].
         scale: f32[M, A], A the number of groups of K inputs each: 1, or that of the weights.
     """
 
@@ -93,6 +96,20 @@ def unpack_codes(packed: UInt8[Array, "*rest K2"]) -> Int8[Array, "*rest K"]:
     return both.reshape(*packed.shape[:-1], -1)
 
 
+def _in_range(code_dtype: DTypeLike) -> tuple[Any, float]:
+    """The dtype of codes of 8 bits, and the largest magnitude that the quantisers scale to."""
+    dtype = jnp.dtype(code_dtype)
+    require(dtype.name in EIGHT_BITS, "code_dtype", dtype.name, f"one of {EIGHT_BITS}")
+    return dtype, 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+
+
+def _rounded(steps: Any, dtype: Any, top: float) -> Any:
+    """Nearest codes, ties to even; floats are clipped first, for beyond their range lies no number."""
+    if dtype == jnp.int8:
+        return jnp.clip(jnp.round(steps), -top - 1, top).astype(dtype)
+    return jnp.clip(steps, -top, top).astype(dtype)
+
+
 def quantize_weight(
     w: Float[Array, "N K"],
     *,
@@ -101,6 +118,7 @@ def quantize_weight(
     symmetric: bool = True,
     clip: float = 1.0,
     scale_dtype: DTypeLike = jnp.float16,
+    code_dtype: DTypeLike = jnp.int8,
 ) -> QuantizedWeight:
     """Round to the nearest code, group by group (Atom's quantiser B; with ``clip=0.85`` as for its weights).
 
@@ -111,10 +129,12 @@ def quantize_weight(
         w: finite values, K-major: [outputs, inputs].
         bits: 4 or 8.
         group: inputs that share a scale: 32, 64 or 128; None: all of an output's.
-        symmetric: the largest magnitude of a group is code 7 or 127; else the range of a group is divided into
+        symmetric: the largest magnitude of a group is code 7 or 127 (448 of e4m3, 57344 of e5m2); else the range of a group is divided into
             ``2 ** bits - 1`` steps, for 4 bits only.
         clip: factor of the range about its middle (0 where symmetric), above 0 and at most 1; values beyond it get the outermost codes.
-        scale_dtype: of scale and offset: float16, bfloat16 or float32.
+        scale_dtype: of scale and offset: float16, bfloat16 or float32. The steps of e5m2 are 450 times smaller than those
+            of int8: bfloat16 or float32 has room for them.
+        code_dtype: int8, float8_e4m3fn or float8_e5m2, with 8 bits; codes of 4 bits are integers.
 
     Raises:
         ValueError: an argument is not as above, or ``group`` does not divide K.
@@ -131,7 +151,9 @@ def quantize_weight(
     floats = ("float16", "bfloat16", "float32")
     require(dtype.name in floats, "scale_dtype", dtype.name, f"one of {floats}")
     values = w.astype(jnp.float32).reshape(N, K // size, size)
-    top = 2 ** (bits - 1) - 1
+    kind, top = _in_range(code_dtype)
+    require(kind == jnp.int8 or bits == 8, "code_dtype", kind.name, "int8 with 4 bits")
+    top = 7.0 if bits == 4 else top
     if symmetric:
         step, offset = jnp.maximum(jnp.abs(values).max(axis=2), _LEAST) * clip / top, None
     else:
@@ -144,13 +166,13 @@ def quantize_weight(
     scale = scale.astype(dtype)
     shifted = values if offset is None else values - offset.astype(jnp.float32)[..., None]
     divisor = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
-    codes = jnp.clip(jnp.round(shifted / divisor), -top - 1, top).astype(jnp.int8).reshape(N, K)
+    codes = _rounded(shifted / divisor, kind, top).reshape(N, K)
     return QuantizedWeight(
         codes if bits == 8 else pack_codes(codes), scale.T, None if offset is None else offset.T, bits
     )
 
 
-def signed_codes(w: QuantizedWeight) -> Int8[Array, "N K"]:
+def signed_codes(w: QuantizedWeight) -> Int8[Array, "N K"] | Float[Array, "N K"]:
     """The codes themselves, unpacked."""
     return w.codes if w.bits == 8 else unpack_codes(w.codes)
 
@@ -165,13 +187,20 @@ def dequantize_weight(w: QuantizedWeight) -> Float[Array, "N K"]:
     return values if w.offset is None else values + wide(w.offset)
 
 
-def quantize_rows(x: Float[Array, "M K"], *, group: int | None = None, clip: float = 1.0) -> QuantizedRows:
+def quantize_rows(
+    x: Float[Array, "M K"],
+    *,
+    group: int | None = None,
+    clip: float = 1.0,
+    code_dtype: DTypeLike = jnp.int8,
+) -> QuantizedRows:
     """Round activations to 8 bits, symmetric, the range that of each row or each group of a row (Atom's quantiser B).
 
     Args:
         x: finite rows.
         group: inputs that share a scale: 32, 64 or 128; None: all of a row's.
         clip: factor of the range, above 0 and at most 1.
+        code_dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Raises:
         ValueError: an argument is not as above, or ``group`` does not divide K.
@@ -183,8 +212,9 @@ def quantize_rows(x: Float[Array, "M K"], *, group: int | None = None, clip: flo
     require(size > 0 and K % size == 0, "x.shape", x.shape, f"K a multiple of {size}")
     require(0 < clip <= 1, "clip", clip, "above 0 and at most 1")
     values = x.astype(jnp.float32).reshape(M, K // size, size)
-    scale = jnp.maximum(jnp.abs(values).max(axis=2), _LEAST) * clip / 127
-    codes = jnp.clip(jnp.round(values / scale[..., None]), -128, 127).astype(jnp.int8)
+    kind, top = _in_range(code_dtype)
+    scale = jnp.maximum(jnp.abs(values).max(axis=2), _LEAST) * clip / top
+    codes = _rounded(values / scale[..., None], kind, top)
     return QuantizedRows(codes.reshape(M, K), scale)
 
 

@@ -19,9 +19,9 @@ _MULTIPROCESSORS = 132
 
 def supports(x, w: QuantizedWeight, *, operand_dtype, **_options) -> str | None:
     if isinstance(x, QuantizedRows):
-        return "products of integers have no kernel yet, xla multiplies them"
+        return "products of codes with codes have no kernel yet, xla multiplies them"
     if w.bits != 4:
-        return "weights in 8 bits have no kernel yet, xla multiplies them"
+        return "weights in 8 bits, int8 or float8, have no kernel yet, xla multiplies them"
     for name, dtype in (("x", x.dtype), ("operands", operand_dtype or x.dtype)):
         if dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, not {jnp.dtype(dtype).name}"

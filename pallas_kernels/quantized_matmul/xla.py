@@ -1,4 +1,4 @@
-"""The quantised product through XLA: values of a block of outputs at a time, or products of integers.
+"""The quantised product through XLA: values of a block of outputs at a time, or products of codes with codes.
 
 On a CPU the values of a block stay in its cache between being made and being multiplied, and the whole weight never lies
 in memory at full width. Elsewhere one block is everything: XLA's own products want large operands.
@@ -16,7 +16,7 @@ from jax import lax
 from pallas_kernels.quantized_matmul.codes import BIAS, QuantizedRows, QuantizedWeight
 from pallas_kernels.target import target
 
-REASON = "values of a block of outputs at a time, integers multiplied as integers"
+REASON = "values of a block of outputs at a time, codes multiplied as codes"
 
 # Bytes of the values of a block: half of the second-level cache of a core.
 _BLOCK_BYTES = 2**20
@@ -47,7 +47,7 @@ def joined(x, w: QuantizedWeight):
 
 
 def _codes(codes, bits):
-    """i8[n, K] of a block, in the order of :func:`split`."""
+    """Signed codes [n, K] of a block, in the order of :func:`split`."""
     if bits == 8:
         return codes
     both = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
@@ -139,7 +139,7 @@ def gradients_of_scales(g, x, w: QuantizedWeight, dtype):
 
     def body(first, block, sums):
         dw = _dot("mn,mk->nk", lax.dynamic_slice_in_dim(g, first, block.shape[0], 1), rows)
-        found = [of_groups(dw * _codes(block.codes, w.bits))]
+        found = [of_groups(dw * _codes(block.codes, w.bits).astype(jnp.float32))]
         found += [] if w.offset is None else [of_groups(dw)]
         return [lax.dynamic_update_slice_in_dim(s, f, first, 1) for s, f in zip(sums, found, strict=True)]
 
@@ -169,8 +169,14 @@ def _bwd(_product, bits, dtype, _out_dtype, residuals, g):
 differentiable.defvjp(_fwd, _bwd)
 
 
-def integers(x: QuantizedRows, w: QuantizedWeight, out_dtype):
-    """Codes times codes, summed exactly in int32 over each group, then scaled and summed in float32."""
+def codes_by_codes(x: QuantizedRows, w: QuantizedWeight, out_dtype):
+    """Codes times codes, summed over each group, then scaled and summed in float32.
+
+    Integers are summed exactly in int32. float8 is multiplied as bfloat16, which holds it exactly (and -128..127 too), with
+    sums of float32: Hopper's own products of float8 keep fewer bits of their sums.
+    """
+    integers = x.codes.dtype == jnp.int8 and (w.bits == 4 or w.codes.dtype == jnp.int8)
+    operand, exact = (jnp.int8, jnp.int32) if integers else (jnp.bfloat16, jnp.float32)
     (M, K), (N, groups) = x.shape, (w.shape[0], w.scale.shape[0])
     halves = 8 // w.bits
 
@@ -179,15 +185,16 @@ def integers(x: QuantizedRows, w: QuantizedWeight, out_dtype):
         v = v.reshape(len(v), halves, groups, K // halves // groups)
         return jnp.moveaxis(v, 2, 0).reshape(groups, len(v), K // groups)
 
-    codes, scale = by_group(_at_least(split(x.codes, w), _LEAST_ROWS)), _at_least(x.scale, _LEAST_ROWS)
+    held_rows = _at_least(split(lax.stop_gradient(x.codes), w).astype(operand), _LEAST_ROWS)
+    codes, scale = by_group(held_rows), _at_least(x.scale, _LEAST_ROWS)
     scale = jnp.broadcast_to(scale.T[..., None], (groups, scale.shape[0], 1))
-    sums = codes.astype(jnp.int32).sum(axis=2, keepdims=True).astype(jnp.float32) * scale
+    sums = codes.astype(exact).sum(axis=2, keepdims=True).astype(jnp.float32) * scale
 
     def body(first, block, y):
-        held = by_group(_codes(block.codes, w.bits))
+        held = by_group(lax.stop_gradient(_codes(block.codes, w.bits)).astype(operand))
 
         def group(g, total):
-            found = jnp.einsum("mk,nk->mn", codes[g], held[g], preferred_element_type=jnp.int32)
+            found = jnp.einsum("mk,nk->mn", codes[g], held[g], preferred_element_type=exact)
             total += found.astype(jnp.float32) * (scale[g] * block.scale[g].astype(jnp.float32))
             return total if w.offset is None else total + sums[g] * block.offset[g].astype(jnp.float32)
 
@@ -200,6 +207,6 @@ def integers(x: QuantizedRows, w: QuantizedWeight, out_dtype):
 
 def run(x, w, *, operand_dtype, out_dtype):
     if isinstance(x, QuantizedRows):
-        return integers(x, w, out_dtype)
+        return codes_by_codes(x, w, out_dtype)
     dtype = jnp.dtype(operand_dtype or x.dtype)
     return differentiable(forward, x, w.codes, w.scale, w.offset, w.bits, dtype, out_dtype)

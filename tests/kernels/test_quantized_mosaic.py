@@ -112,8 +112,11 @@ def test_shares_of_the_inputs_are_never_empty():
     [
         ({"x": jnp.zeros((2, 128))}, "x must be bfloat16, not float32"),
         ({"operand_dtype": jnp.float32}, "operands must be bfloat16, not float32"),
-        ({"x": QuantizedRows(jnp.zeros((2, 128), jnp.int8), jnp.zeros((2, 1)))}, "integers have no kernel"),
-        ({"codes": jnp.zeros((128, 128), jnp.int8), "bits": 8}, "weights in 8 bits have no kernel"),
+        ({"x": QuantizedRows(jnp.zeros((2, 128), jnp.int8), jnp.zeros((2, 1)))}, "codes have no kernel"),
+        (
+            {"codes": jnp.zeros((128, 128), jnp.int8), "bits": 8},
+            "weights in 8 bits, int8 or float8, have no kernel",
+        ),
         ({"scale": jnp.zeros((4, 128))}, "groups of 64 or 128 inputs, not 32"),
         (
             {"codes": jnp.zeros((64, 64), jnp.uint8), "scale": jnp.zeros((1, 64))},
