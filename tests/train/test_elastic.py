@@ -16,6 +16,7 @@ from jaxllm.config import ConfigError
 from jaxllm.data.loader import Loader
 from jaxllm.data.tokens import TokenCorpus
 from jaxllm.train.elastic import check_elastic
+from jaxllm.train.ledger import Ledger
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.step import StepSettings
 from parallel.mesh import MeshShape
@@ -51,6 +52,17 @@ def test_any_row_of_any_batch_is_that_of_the_loader():
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours[[0, 2]], theirs[[2, 0]])
     assert not found.segment_ids[1].any() and (found.targets[1] == -1).all()
+
+
+def test_the_ledger_leaves_out_idle_rows_and_goes_on_in_the_same_file(tmp_path):
+    for generation in (1, 2):
+        ledger = Ledger(tmp_path / "run", 3)
+        ledger.begin(4, 5, generation, [6, 7, -1, -1])
+        ledger.close()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rows-3.jsonl").read_text().splitlines()]
+    assert [row["generation"] for row in rows] == [1, 2]
+    assert rows[0]["rows"] == [6, 7] and (rows[0]["step"], rows[0]["updates"]) == (4, 5)
+    assert rows[0]["pid"] == os.getpid()
 
 
 def elastic(folder: pathlib.Path, method: str, kill: tuple[int, ...] = ()) -> tuple[set[str], list[dict]]:

@@ -23,6 +23,7 @@ from jaxllm.train.degraded import ranks
 from jaxllm.train.events import AssignmentEvent, Callback
 from jaxllm.train.failover import FailoverSettings, failover_plan, make_failover_step
 from jaxllm.train.interrupt import StopRequest
+from jaxllm.train.ledger import Ledger
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.settings import FitResult, TrainSettings
 from jaxllm.train.state import TrainPlan, TrainState, abstract_state
@@ -139,6 +140,7 @@ class ElasticTrainer(Trainer):
         self.shards = Shards(loader)
         super().__init__(cfg, optim, self.shards, settings, **options)
         self._own_callbacks = list(self.reporter.callbacks)
+        self.ledger = None if self.folder is None else Ledger(self.folder, member.worker)
         # What is committed: the state on the devices of this world, or its leaves on the host between worlds.
         self._state: TrainState | None = None
         self._kept: list[np.ndarray] | None = None
@@ -157,6 +159,8 @@ class ElasticTrainer(Trainer):
         with ExitStack() as stack:
             request = stack.enter_context(StopRequest())
             stack.callback(self.reporter.stop_trace)
+            if self.ledger is not None:
+                stack.callback(self.ledger.close)
             while True:
                 result = None
                 try:
@@ -305,6 +309,10 @@ class ElasticTrainer(Trainer):
     def _advance(
         self, state: TrainState, batch: PackedBatch, plan: TrainPlan | None
     ) -> tuple[TrainState, Metrics]:
+        if self.ledger is not None:
+            updates = int(np.asarray(state.step.addressable_data(0)))
+            rows = self.shards.rows_of(self.step)
+            self.ledger.begin(self.step, updates, self.member.generation, rows.tolist())
         new, metrics = jax.block_until_ready(self._compiled(state, batch, plan))
         # Only now it is committed: a step that fails leaves what was.
         self._state, self._done = new, self.step + 1
