@@ -132,11 +132,13 @@ class Roster:
     def behind(self, now: float, patience: float) -> list[Worker]:
         """Members that are hung though their processes live.
 
-        They have not begun a step which others began more than ``patience`` seconds ago, or have not come to the gate in
-        that time, where others wait who have a state.
+        They have not begun a step of the newest world which others began more than ``patience`` seconds ago, or have not
+        come to the gate in that time, where others wait who have a state.
         """
         inside = self.at("inside")
+        # What somebody began in an older world, newcomers could not begin.
         furthest = max((worker.entered for worker in inside), default=(0, -1))
+        furthest = max(furthest, (self.generation, -1))
         since = min((worker.entered_at for worker in inside if worker.entered == furthest), default=now)
         slow = [worker for worker in inside if worker.entered < furthest and now - since > patience]
         if any(worker.step is not None for worker in self.at("waiting")):
