@@ -75,7 +75,7 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, open_end
         x, dt, B, C = (jnp.where(live.reshape(rows, T, *[1] * (v.ndim - 2)), v, 0) for v in (x, dt, B, C))
     if T == 1 and n in (None, 1):
         start = None if initial_state is None else initial_state[:, 0]
-        y, state = one_token(*(v[:, 0] for v in (x, dt)), A, *(v[:, 0] for v in (B, C)), D, start)
+        y, state = one_token(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, start)
         return y[:, None].astype(x.dtype), None if n is None else state[:, None]
     x, dt, B, C = (materialise(v) for v in (x, dt, B, C))
     Q = min(chunk_size, _MAX_CHUNK, T)
