@@ -139,8 +139,21 @@ def place_rows(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(placed, batch)
 
 
+def held(mesh: Mesh | AbstractMesh, spec: PartitionSpec, count: int) -> np.ndarray:
+    """bool[count]: which of the entries along the first axis of an array that lies as ``spec`` says devices of this process
+    hold; all of them where the mesh has no devices.
+    """
+    if isinstance(mesh, AbstractMesh):
+        return np.ones(count, bool)
+    found = np.zeros(count, bool)
+    for index in NamedSharding(mesh, spec).addressable_devices_indices_map((count,)).values():
+        if index is not None:
+            found[index[0]] = True
+    return found
+
+
 def place_whole(mesh: Mesh, tree: Any, specs: Any) -> Any:
-    """Arrays that lie as ``specs`` say, of NumPy leaves that every process has whole.
+    """Arrays that lie as ``specs`` say, of NumPy leaves of their full shape, in which every process has what its own devices hold.
 
     Args:
         mesh: of all processes.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.data.errors import DataError, LoaderStateError
-from jaxllm.data.loader import Loader, scored_bytes, validation_batches
+from jaxllm.data.loader import Loader, scored_bytes, unread_validation_batches, validation_batches
 from tests.data.corpora import numbered_corpus, synthetic_corpus
 
 CORPUS = synthetic_corpus(
@@ -52,6 +52,36 @@ def test_a_process_reads_its_slice_of_the_global_batch(processes, step):
         for index in range(processes)
     ]
     assert_same(jax.tree.map(lambda *parts: np.concatenate(parts), *shares), whole)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 3), st.integers(0, 3), st.integers(0, 32))
+def test_any_places_of_a_whole_batch_can_be_read_by_any_process(step, depths, seed, count):
+    whole = Loader(CORPUS, 4, 8, seed=seed, depths=depths)
+    loader = Loader(CORPUS, 4, 8, seed=seed, depths=depths, process_index=1, process_count=2)
+    loader.restore({**loader.state(), "step": step})
+    batch, expected = loader.next_unread(), whole.batch_at(step)
+    assert_unread(batch, expected, np.random.default_rng(seed), count)
+    assert loader.step == step + 1
+    assert_same(next(loader), jax.tree.map(lambda x: x[2:], whole.batch_at(step + 1)))
+    loader.close()
+
+
+def assert_unread(batch, expected, rng, count: int) -> None:
+    """The same batch, as far as it goes and in ``count`` random places of documents."""
+    assert batch.shape == expected.shape
+    for name in ("segment_ids", "positions", "loss_mask"):
+        assert_same(getattr(batch, name), getattr(expected, name))
+    places = rng.permutation(np.flatnonzero(expected.segment_ids))[:count]
+    targets = expected.targets.reshape(-1, expected.targets.shape[-1])
+    assert_same(batch.read(places), (expected.tokens.reshape(-1)[places], targets[places]))
+
+
+def test_unread_validation_batches_are_those_with_tokens(seed):
+    whole, rng = list(validation_batches(CORPUS, 4, 8)), np.random.default_rng(seed)
+    for batch, expected in zip(unread_validation_batches(CORPUS, 4, 8), whole, strict=True):
+        assert_unread(batch, expected, rng, 32)
+    assert (whole[-1].segment_ids[-1] == 0).all()
 
 
 def test_iteration_gives_batch_at_each_step_without_moving_for_random_access():

@@ -88,9 +88,11 @@ def test_a_single_process_starts_nothing():
 
 
 def processes(
-    count: int, mesh: str, steps: int, pattern: str = "*-", devices: int = 1
-) -> tuple[list[float], set[str]]:
-    """Losses and the sums of the states of ``count`` processes that train together, each with ``devices`` devices."""
+    count: int, mesh: str, steps: int, pattern: str = "*-", *data: str
+) -> tuple[list[float], set[str], list[int]]:
+    """Of ``count`` processes that train together, a device each: losses, the sums of their states, and tokens that each
+    has read of ``data``.
+    """
     root = HERE.parent.parent
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -99,11 +101,19 @@ def processes(
     common = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {quick}",
         "JAX_PLATFORMS": "cpu",
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "distributed_worker.py"), mesh, str(steps), folder, pattern]
+        command = [
+            sys.executable,
+            str(HERE / "distributed_worker.py"),
+            mesh,
+            str(steps),
+            folder,
+            pattern,
+            *data,
+        ]
         started = []
         for rank in range(count):
             plain = {
@@ -128,23 +138,34 @@ def processes(
     losses = [[float(word) for word in line[1:]] for line in lines if line[:1] == ["LOSSES"]]
     states = {line[1] for line in lines if line[:1] == ["STATE"]}
     assert len(losses) == count and all(each == losses[0] for each in losses)
-    return losses[0], states
+    return losses[0], states, [int(line[1]) for line in lines if line[:1] == ["READ"]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2"])
 def test_two_processes_train_as_one(mesh):
-    alone, _ = processes(1, "data=1", 4)
-    together, states = processes(2, mesh, 4)
+    alone, _, _ = processes(1, "data=1", 4)
+    together, states, _ = processes(2, mesh, 4)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert len(states) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_share_documents_and_read_their_own_tokens():
+    """Keys, states and halos go from one process to the other; the losses are those of one that has whole rows."""
+    alone, _, (whole,) = processes(1, "data=1", 4, "M*", "packed")
+    together, states, read = processes(2, "context=2", 4, "M*", "packed")
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert len(states) == 1
+    # Each its slots of four batches and of those that it may have begun ahead of the end; never all of a batch.
+    assert max(read) < 0.6 * sum(read) and sum(read) < 1.6 * whole
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2"])
 def test_four_processes_train_a_hybrid_for_fifty_steps_as_one(mesh):
-    alone, (state,) = processes(1, "data=1", 50, "M*-")
-    together, (shared,) = processes(4, mesh, 50, "M*-")
+    alone, (state,), _ = processes(1, "data=1", 50, "M*-")
+    together, (shared,), _ = processes(4, mesh, 50, "M*-")
     assert len(alone) == 50
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     # Random tokens cannot be learnt, so that losses alone would not tell much of what the steps did.

@@ -7,10 +7,13 @@ import pytest
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import AttentionConfig, ConfigError, MTPConfig
+from jaxllm.data.loader import Loader
+from jaxllm.data.unread import UnreadBatch
 from jaxllm.train.context import FORESEEN, Ahead, ContextSettings, Scatterer, Slots, _further_weights
 from jaxllm.train.mtp import ahead
 from parallel.context import SCATTER_STRATEGIES
 from parallel.mesh import MeshShape, abstract_mesh
+from tests.data.corpora import numbered_corpus
 from tests.train.tiny import tiny_batch, tiny_config
 
 
@@ -90,6 +93,36 @@ def test_a_run_begins_with_the_first_batch_and_room_for_several():
     assert_same(first, whole(next(Documents())))
     assert batches.state()["step"] == 1
     batches.close()
+
+
+def test_a_process_reads_the_tokens_of_its_own_slots_only(monkeypatch, seed):
+    """Nothing to foresee the batches, and of each no more than what stands in the half of the slots that it holds."""
+    lengths = np.exp(np.random.default_rng(seed).normal(4, 1.5, 90)).astype(int) + 1
+    loader, read = Loader(numbered_corpus(lengths.tolist()), 2, 96, depths=2), []
+
+    def spied(self, places, made=UnreadBatch.read):
+        read.append(len(places))
+        return made(self, places)
+
+    monkeypatch.setattr(UnreadBatch, "read", spied)
+    monkeypatch.setattr("jaxllm.train.context.held", lambda mesh, spec, count: np.arange(count) < count // 2)
+    batches = Ahead(loader, scatterer())
+    one = next(batches)
+    batches.close()
+    # The thread may have begun the batch after it.
+    monkeypatch.undo()
+    made = scatterer()
+    made.room = made.room_of(batches.state()["context"])
+    whole = made(loader.batch_at(0))
+    half = len(whole.batch.tokens) // 2
+    there = whole.batch.segment_ids > 0
+    assert read[0] == there[:half].sum() and len(read) <= 2
+    for name in ("tokens", "targets", "loss_mask"):
+        mine, full = getattr(one.batch, name), getattr(whole.batch, name)
+        np.testing.assert_array_equal(mine[:half], full[:half])
+        assert (mine[half:] == (-1 if name == "targets" else 0)).all()
+    np.testing.assert_array_equal(one.scattered.ahead[:half], whole.scattered.ahead[:half])
+    assert_same((one.scattered.plan, one.batch.segment_ids), (whole.scattered.plan, whole.batch.segment_ids))
 
 
 def test_restored_batches_are_the_same_whatever_was_read_ahead():
@@ -219,7 +252,7 @@ def test_positions_that_do_not_count_from_the_segment_are_refused():
 def test_weights_of_further_tokens_are_those_that_whole_rows_have():
     batch = tiny_batch(6, 12)
     batch = batch.replace(targets=np.repeat(batch.targets, 3, axis=-1))
-    found = _further_weights(batch)
+    found = _further_weights(batch.segment_ids, batch.loss_mask, 2)
     assert found is not None and found.shape == (6, 12, 2)
     for depth in (1, 2):
         expected = ahead(jnp.asarray(batch.loss_mask), jnp.asarray(batch.segment_ids), depth)

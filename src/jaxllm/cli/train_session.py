@@ -126,7 +126,8 @@ def _fit(
     supervised: Supervised | None,
 ) -> tuple[FitResult, Validation, Watcher]:
     batches = run.data
-    # Devices that share documents have tokens of all their group's rows: every process then reads the whole batch.
+    # Devices that share documents have tokens of all their group's rows: the loader is then asked for whole batches, whose
+    # tokens are read where they are wanted.
     share = (0, 1) if place is None or place.size("context") > 1 else row_share(place.mesh)
     loader = Loader(
         data.train,

@@ -1,7 +1,7 @@
 """The validation loss of a run, in part on the way and in whole before and after."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig
-from jaxllm.data.loader import validation_batches
+from jaxllm.data.loader import unread_validation_batches, validation_batches
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.tokens import TokenCorpus
+from jaxllm.data.unread import UnreadBatch
 from jaxllm.model.functional import Params, abstract_params
 from jaxllm.train.context import ContextSettings, Scatterer, Slots
 from jaxllm.train.placement import param_shardings
@@ -46,16 +47,21 @@ class Validation:
             batch_size: rows of a batch.
             seq_len: tokens of a row.
             part: tokens of :meth:`partial`, at least one batch, spread evenly.
-            place: of the parameters; every process then reads its own rows, or all where devices share documents.
+            place: of the parameters; every process then reads its own rows, or where devices share documents its own
+                tokens of all rows.
             context: how devices along ``context`` share them.
         """
         self.cfg, self.place = cfg, place
         self._scatterer = None
         if place is not None and place.size("context") > 1:
             self._scatterer = Scatterer(cfg, context or ContextSettings(), place.mesh)
-        index, count = (0, 1) if place is None or self._scatterer is not None else row_share(place.mesh)
-        share = {"process_index": index, "process_count": count}
-        self.batches: list[PackedBatch] = list(validation_batches(tokens, batch_size, seq_len, **share))
+        self.batches: list[PackedBatch] | list[UnreadBatch]
+        if self._scatterer is not None:
+            self.batches = unread_validation_batches(tokens, batch_size, seq_len)
+        else:
+            index, count = (0, 1) if place is None else row_share(place.mesh)
+            share = {"process_index": index, "process_count": count}
+            self.batches = list(validation_batches(tokens, batch_size, seq_len, **share))
         wanted = max(1, min(len(self.batches), part // (batch_size * seq_len)))
         self.few = [self.batches[int(i)] for i in np.linspace(0, len(self.batches) - 1, wanted).round()]
         self.targets = tokens.n_targets
@@ -83,7 +89,7 @@ class Validation:
         self._step = step.lower(params, *self._placed(self.batches[0])).compile()
         return time.perf_counter() - begin
 
-    def _placed(self, batch: PackedBatch) -> tuple[PackedBatch, Scattered | None]:
+    def _placed(self, batch: PackedBatch | UnreadBatch) -> tuple[PackedBatch, Scattered | None]:
         if self._scatterer is not None:
             slots = self._planned.get(id(batch)) or self._scatterer(batch)
             return self._scatterer.place(slots)
@@ -98,7 +104,7 @@ class Validation:
         """Nats per token over all targets."""
         return self._loss(params, self.batches)
 
-    def _loss(self, params: Params, batches: list[PackedBatch]) -> float:
+    def _loss(self, params: Params, batches: Sequence[PackedBatch | UnreadBatch]) -> float:
         if self._step is None:
             self.compile()
         assert self._step is not None

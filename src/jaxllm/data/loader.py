@@ -9,6 +9,7 @@ from jaxllm.batch import PackedBatch
 from jaxllm.data.errors import DataError, LoaderStateError
 from jaxllm.data.packing import ENDLESS, RowSource, empty_row
 from jaxllm.data.tokens import TokenCorpus
+from jaxllm.data.unread import UnreadBatch
 
 
 class _Share:
@@ -138,6 +139,14 @@ class Loader:
         self._step += 1
         return batch
 
+    def next_unread(self) -> UnreadBatch:
+        """The next batch, all of its rows whatever the process, its tokens still to be read where they are wanted."""
+        # What was read ahead is of another step then.
+        self.close()
+        first = self._step * self.batch_size
+        self._step += 1
+        return UnreadBatch.of(self.rows, range(first, first + self.batch_size))
+
     def close(self) -> None:
         """Stops the prefetch thread, if there is one; the loader can go on afterwards."""
         if self._iterator is not None:
@@ -211,6 +220,14 @@ def validation_batches(
             yield PackedBatch(**{name: np.stack([row[name] for row in picked]) for name in picked[0]})
 
     return batches()
+
+
+def unread_validation_batches(tokens: TokenCorpus, batch_size: int, seq_len: int) -> list[UnreadBatch]:
+    """The same as :func:`validation_batches`, every row of every batch, without their tokens."""
+    rows = RowSource(tokens, seq_len, shuffle=False)
+    index = np.arange(-(-rows.rows_per_epoch // batch_size) * batch_size)
+    index = np.where(index < rows.rows_per_epoch, index, -1).reshape(-1, batch_size)
+    return [UnreadBatch.of(rows, own) for own in index.tolist()]
 
 
 def scored_bytes(batch: PackedBatch, token_byte_lengths: np.ndarray) -> int:

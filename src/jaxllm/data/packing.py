@@ -6,6 +6,7 @@ the same long document.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,17 @@ from jaxllm.data.tokens import TokenCorpus
 
 # Longer than any run, and still exact in a C long: rows are addressed without an end.
 ENDLESS = 1 << 60
+
+
+class _Laid(NamedTuple):
+    """What a row is made of, known from the documents' lengths: its places in the corpus, where each one's document ends,
+    its segment and its position there; i64[used] each, ``used`` of the T tokens being documents.
+    """
+
+    source: np.ndarray
+    end: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
 
 
 class RowSource:
@@ -63,13 +75,7 @@ class RowSource:
             order, rows = np.arange(self.corpus.n_documents), np.arange(self.rows_per_epoch)
         return order, np.concatenate([[0], np.cumsum(self.corpus.lengths[order])]), rows
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Row `index`.
-
-        Returns:
-            tokens, segment_ids, positions i32[T]; targets i32[T, Q], -1 where there is none; loss_mask f32[T], 1 where
-            the next token is a target. Padding has segment 0 and token 0.
-        """
+    def _laid(self, index: int) -> _Laid:
         epoch, slot = divmod(int(index), self.rows_per_epoch)
         order, starts, rows = self._epoch(epoch)
         low = int(rows[slot]) * self.seq_len
@@ -81,20 +87,50 @@ class RowSource:
         piece_length = np.minimum(starts[places + 1], high) - piece_low
         stream = np.arange(low, high)
         begin = self.corpus.offsets[documents] - starts[places]
-        source = stream + np.repeat(begin, piece_length)
-        end = np.repeat(self.corpus.offsets[documents + 1], piece_length)
+        return _Laid(
+            source=stream + np.repeat(begin, piece_length),
+            end=np.repeat(self.corpus.offsets[documents + 1], piece_length),
+            segment_ids=np.repeat(np.arange(1, len(places) + 1), piece_length),
+            positions=stream - np.repeat(piece_low, piece_length),
+        )
 
-        row = empty_row(self.seq_len, self.depths)
-        used = high - low
-        row["tokens"][:used] = self.corpus.tokens[source]
-        row["segment_ids"][:used] = np.repeat(np.arange(1, len(places) + 1), piece_length)
-        row["positions"][:used] = stream - np.repeat(piece_low, piece_length)
+    def _read(self, source: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self.corpus.tokens[source].astype(np.int32)
+        targets = np.full((len(source), self.depths), -1, np.int32)
         for depth in range(self.depths):
             ahead = source + depth + 1
             known = ahead < end
-            row["targets"][:used][known, depth] = self.corpus.tokens[ahead[known]]
-        row["loss_mask"][:] = row["targets"][:, 0] >= 0
-        return row
+            targets[known, depth] = self.corpus.tokens[ahead[known]]
+        return tokens, targets
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Row `index`.
+
+        Returns:
+            tokens, segment_ids, positions i32[T]; targets i32[T, Q], -1 where there is none; loss_mask f32[T], 1 where
+            the next token is a target. Padding has segment 0 and token 0.
+        """
+        laid = self._laid(index)
+        row, used = empty_row(self.seq_len, self.depths), len(laid.source)
+        row["tokens"][:used], row["targets"][:used] = self._read(laid.source, laid.end)
+        return row | self._marks(laid)
+
+    def marks(self, index: int) -> dict[str, np.ndarray]:
+        """What row `index` has beside tokens and targets; reads no tokens."""
+        return self._marks(self._laid(index))
+
+    def _marks(self, laid: _Laid) -> dict[str, np.ndarray]:
+        empty, used = empty_row(self.seq_len, self.depths), len(laid.source)
+        marks = {name: empty[name] for name in ("segment_ids", "positions", "loss_mask")}
+        marks["segment_ids"][:used] = laid.segment_ids
+        marks["positions"][:used] = laid.positions
+        marks["loss_mask"][:used] = laid.source + 1 < laid.end
+        return marks
+
+    def read(self, index: int, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """tokens i32[n] and targets i32[n, Q] of n columns of row `index`, none of them padding; reads no others."""
+        laid = self._laid(index)
+        return self._read(laid.source[columns], laid.end[columns])
 
 
 def empty_row(seq_len: int, depths: int) -> dict[str, np.ndarray]:

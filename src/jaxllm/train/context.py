@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig, one_of, positive_fields, require
+from jaxllm.data.unread import UnreadBatch
 from parallel.context import SCATTER_STRATEGIES, Capacity, Placed, Room, ScatterConfig, Scattered, scatter
-from parallel.mesh import ROWS, SLOTS, MeshShape, place_whole
+from parallel.mesh import ROWS, SLOTS, MeshShape, held, place_whole
 
 # Batches that a run begins with room for.
 FORESEEN = 16
@@ -49,6 +50,13 @@ class Batches(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class Unreading(Protocol):
+    """What of :class:`jaxllm.data.loader.Loader` lets a process plan batches of which it reads a part."""
+
+    def next_unread(self) -> UnreadBatch: ...
+
+
 class Slots(NamedTuple):
     """A scattered batch: what the step takes as its batch, and beside it."""
 
@@ -82,7 +90,7 @@ class Scatterer:
             window=sight(cfg),
         )
 
-    def grow(self, batch: PackedBatch) -> None:
+    def grow(self, batch: PackedBatch | UnreadBatch) -> None:
         """Makes room for a batch, for what comes later.
 
         Raises:
@@ -92,39 +100,54 @@ class Scatterer:
         alone = self._scattered(batch, None).room
         self.room = alone if self.room is None else alone.enlarged(self.room)
 
-    def _scattered(self, batch: PackedBatch, room: Room | None) -> Placed:
+    def _scattered(self, batch: PackedBatch | UnreadBatch, room: Room | None) -> Placed:
         config, (rows, length) = self.config, batch.shape
         check_share(config.block, rows, length, config.groups, config.parts, config.workers)
         return scatter(np.asarray(batch.segment_ids), config, room)
 
-    def __call__(self, batch: PackedBatch) -> Slots:
-        """Slots of a whole batch, NumPy leaves.
+    def __call__(self, batch: PackedBatch | UnreadBatch) -> Slots:
+        """Slots of a whole batch, NumPy leaves; tokens, targets and weights are there where devices of this process hold them.
+
+        Args:
+            batch: every process plans all of it, and reads the tokens of its own slots only where they are still unread.
 
         Raises:
             ConfigError: as :func:`check_share`.
             ValueError: positions do not count from each segment's first token.
         """
-        (rows, length), placed = batch.shape, self._scattered(batch, self.room)
+        placed = self._scattered(batch, self.room)
         self.room = placed.room
         here = placed.source >= 0
+        if (np.asarray(batch.positions).reshape(-1)[placed.source[here]] != placed.positions[here]).any():
+            raise ValueError("batch.positions: must count from each segment's first token")
+        own = here & held(self.mesh, P(SLOTS), len(placed.source))[:, None]
+        places = placed.source[own]
 
-        def taken(x: Any, fill: Any) -> Any:
+        def filled(values: np.ndarray, fill: int) -> np.ndarray:
+            out = np.full((*own.shape, *values.shape[1:]), fill, values.dtype)
+            out[own] = values
+            return out
+
+        def taken(x: Any, fill: int = 0) -> np.ndarray | None:
             if x is None:
                 return None
             x = np.asarray(x)
-            flat = x.reshape(rows * length, *x.shape[2:])[placed.source]
-            return np.where(here.reshape(*here.shape, *[1] * (x.ndim - 2)), flat, fill).astype(x.dtype)
+            return filled(x.reshape(-1, *x.shape[2:])[places], fill)
 
-        if (taken(batch.positions, 0) != placed.positions).any():
-            raise ValueError("batch.positions: must count from each segment's first token")
+        if isinstance(batch, PackedBatch):
+            tokens, targets = taken(batch.tokens), taken(batch.targets, -1)
+            depths = 1 if batch.targets is None else batch.targets.shape[-1]
+        else:
+            tokens, targets = (filled(x, fill) for x, fill in zip(batch.read(places), (0, -1)))
+            depths = batch.depths
         slots = PackedBatch(
-            tokens=taken(batch.tokens, 0),
+            tokens=tokens,
             segment_ids=placed.segment_ids,
             positions=placed.positions,
-            targets=taken(batch.targets, -1),
-            loss_mask=taken(batch.loss_mask, 0),
+            targets=targets,
+            loss_mask=taken(batch.loss_mask),
         )
-        further = taken(_further_weights(batch), 0)
+        further = taken(_further_weights(batch.segment_ids, batch.loss_mask, depths - 1))
         return Slots(slots, replace(placed.scattered, ahead=further))
 
     def room_of(self, found: dict[str, Any] | None) -> Room | None:
@@ -185,12 +208,11 @@ def check_share(block: int, rows: int, length: int, groups: int, parts: int, wor
     )
 
 
-def _further_weights(batch: PackedBatch) -> np.ndarray | None:
+def _further_weights(segment_ids: Any, loss_mask: Any, depths: int) -> np.ndarray | None:
     """f32[B, T, K]; what :func:`jaxllm.train.mtp.ahead` gives for the K further tokens; None: nothing to weigh."""
-    depths = 0 if batch.targets is None else batch.targets.shape[-1] - 1
-    if not depths or batch.loss_mask is None:
+    if not depths or loss_mask is None:
         return None
-    ids, weights = np.asarray(batch.segment_ids), np.asarray(batch.loss_mask)
+    ids, weights = np.asarray(segment_ids), np.asarray(loss_mask)
     found = np.repeat(weights[..., None], depths, axis=-1)
     for steps in range(1, min(depths, ids.shape[1] - 1) + 1):
         inside = ids[:, steps:] == ids[:, :-steps]
@@ -225,7 +247,7 @@ class Ahead:
         """Reads nothing yet.
 
         Args:
-            loader: of whole batches, in every process.
+            loader: of whole batches, in every process; of one that is :class:`Unreading` a process reads only its own tokens.
             scatterer: plans them.
         """
         self.loader, self.scatterer = loader, scatterer
@@ -233,14 +255,18 @@ class Ahead:
         self._coming: Future[tuple[Slots, dict[str, Any], Room]] | None = None
         self._state: dict[str, Any] | None = None
 
+    def _next(self) -> PackedBatch | UnreadBatch:
+        """The loader's next batch, its tokens still unread if it can."""
+        return self.loader.next_unread() if isinstance(self.loader, Unreading) else next(self.loader)
+
     def _made(self) -> tuple[Slots, dict[str, Any], Room]:
         if self.scatterer.room is None:
             # Room for the next batches at once: with what each alone asks for the first of them would all be compiled.
             begin = self.loader.state()
             for _ in range(FORESEEN):
-                self.scatterer.grow(next(self.loader))
+                self.scatterer.grow(self._next())
             self.loader.restore(begin)
-        slots = self.scatterer(next(self.loader))
+        slots = self.scatterer(self._next())
         assert self.scatterer.room is not None
         return slots, self.loader.state(), self.scatterer.room
 
