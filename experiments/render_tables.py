@@ -30,6 +30,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernel_ops": kernels.kernel_ops,
     "kernels_torch": kernels.kernels_torch,
     "convert_memory": training.convert_memory,
+    "ssd_memory": training.ssd_memory,
     "decode": caches.decode,
     "long_context": caches.long_context,
     "retrieval_exact": caches.retrieval_exact,

@@ -109,3 +109,15 @@ def convert_memory(data: dict[str, Any]) -> str:
     )
     where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
     return f"{markdown(header, lines, right=[1, 2, 3])}\nAbove an idle interpreter. Model: {sizes}. Measured on: {where}.\n"
+
+
+def ssd_memory(data: dict[str, Any]) -> str:
+    """What bench/ssd_memory.py wrote, in MiB beside inputs and outputs."""
+    mib = lambda size: "not run" if size is None else number(size / 2**20, 0)  # noqa: E731
+    names = ("inputs", "outputs", "chunk_states", "temporaries", "extra")
+    lines = [(r["form"], number(r["tokens"], 0), *(mib(r[name]) for name in names)) for r in data["results"]]
+    header = ("form", "tokens", "inputs", "outputs", "states of all chunks", "temporaries", "extra, measured")
+    i = data["inputs"]
+    what = f"{i['heads']} heads, {i['groups']} group, P {i['P']}, N {i['N']}, float32, forward; stretches of {i['stretch']} tokens"
+    where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
+    return f"{markdown(header, lines, right=[1, 2, 3, 4, 5, 6])}\nMiB. {what}. Measured on: {where}.\n"
