@@ -26,7 +26,7 @@ def test_memory_that_grows_is_seen():
     assert not ssd_memory.constant([rows[0], {**rows[1], "temporaries": 6}])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads /proc")
 def test_the_quick_form_runs(tmp_path):
     out = tmp_path / "found.json"
