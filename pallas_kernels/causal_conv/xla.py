@@ -76,7 +76,7 @@ def _packed_bwd(activation, residuals, dy):
 _packed.defvjp(_packed_fwd, _packed_bwd)
 
 
-def _one_token(x, weight, bias, ids, initial_state, activation):
+def one_token(x, weight, bias, ids, initial_state, activation):
     """Decode: the window is the initial state of the only document."""
     dtype = initial_state.dtype
     taps = jnp.concatenate([initial_state[:, 0], x.astype(dtype)], axis=1)
@@ -118,7 +118,7 @@ def run(x, weight, bias, *, segment_ids, initial_state, num_segments, activation
     if n is not None and initial_state is None and (T == 1 or segment_ids is not None):
         initial_state = jnp.zeros((B, n, k - 1, D), x.dtype)
     if T == 1 and n == 1 and k > 1:
-        y, state = _one_token(x, weight, bias, segment_ids, initial_state, activation)
+        y, state = one_token(x, weight, bias, segment_ids, initial_state, activation)
         return y.astype(x.dtype), state
     if segment_ids is None:
         before = jnp.zeros((B, k - 1, D), x.dtype) if initial_state is None else initial_state[:, 0]
