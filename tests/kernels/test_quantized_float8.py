@@ -11,9 +11,9 @@ from tests.kernels.kernel_cases import close, normal
 
 KINDS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 quantize_weight = jax.jit(
-    codes.quantize_weight, static_argnames=("bits", "group", "scale_dtype", "code_dtype")
+    codes.quantize_weight, static_argnames=("bits", "group", "clip", "scale_dtype", "code_dtype")
 )
-quantize_rows = jax.jit(codes.quantize_rows, static_argnames=("group", "code_dtype"))
+quantize_rows = jax.jit(codes.quantize_rows, static_argnames=("group", "clip", "code_dtype"))
 product = jax.jit(quantized_matmul, static_argnames=("out_dtype", "implementation"))
 
 
@@ -90,7 +90,7 @@ def test_products_and_gradients_are_those_of_the_values(kind, offset):
     for implementation in ("xla", "reference"):
 
         def call(x, scale, *shift, implementation=implementation):
-            w = QuantizedWeight(jnp.asarray(held), scale, *(shift or (None,)), 8)
+            w = QuantizedWeight(jnp.asarray(held), scale, shift[0] if shift else None, 8)
             return quantized_matmul(x, w, implementation=implementation)
 
         @jax.jit
@@ -157,3 +157,14 @@ def test_rows_and_weights_are_rounded_to_the_nearest_code(kind):
 def test_other_codes_are_refused(own_checks, changes, message):
     with pytest.raises(ValueError, match=message):
         quantize_weight(jnp.zeros((2, 64)), group=32, **changes)
+
+
+def test_clipped_ranges_end_at_the_last_code(kind):
+    """What lies beyond is no infinity and no NaN, which is what a cast would make of it."""
+    x = jnp.asarray(normal(10, 4, 64))
+    top = float(ml_dtypes.finfo(kind).max)
+    for held in (
+        quantize_rows(x, code_dtype=kind, clip=0.5).codes,
+        quantize_weight(x, bits=8, group=64, clip=0.5, scale_dtype=jnp.float32, code_dtype=kind).codes,
+    ):
+        assert np.abs(np.asarray(held).astype(np.float64)).max() == top
