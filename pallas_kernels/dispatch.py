@@ -26,7 +26,7 @@ IMPLEMENTATIONS = {
     "dynamic_conv": ("mosaic_gpu", "xla", "reference"),
     "gated_delta": ("xla", "reference"),
     "gated_delta.window": ("xla", "reference"),
-    "grouped_matmul": ("xla", "reference"),
+    "grouped_matmul": ("mosaic_gpu", "xla", "reference"),
     "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),
     "paged_attention.page_scores": ("xla", "reference"),
     "quantized_matmul": ("mosaic_gpu", "xla", "reference"),

@@ -24,7 +24,7 @@ def grouped_matmul(
         w: weights of every expert.
         sizes: rows of each expert; their sum is at most M. What stands in x past them is never read (NaN included).
         operand_dtype: dtype to which operands and cotangents are rounded (sums are float32); None keeps that of x.
-        implementation: "auto", "xla" or "reference".
+        implementation: "auto", "mosaic_gpu", "xla" or "reference".
 
     Returns:
         y in the dtype of x; rows past the last expert's are zero, and so are their gradients.

@@ -38,8 +38,9 @@ BACKWARD = (
     "attention_key_gradients",
     "ssd_input_gradients",
     "causal_conv_backward",
+    "grouped_matmul_weights",
 )
-FORWARD = ("attention_forward", "ssd_outputs", "causal_conv_forward")
+FORWARD = ("attention_forward", "ssd_outputs", "causal_conv_forward", "grouped_matmul_rows")
 
 
 def every_letter():
@@ -127,7 +128,7 @@ def test_the_decode_step_lowers(lower, named):
             bound=None,
             k=4,
         )
-    check(text, named, "attention_forward", "ssd_step", "causal_conv_step")
+    check(text, named, "attention_forward", "ssd_step", "causal_conv_step", "grouped_matmul_rows")
 
 
 @TARGETS
@@ -148,4 +149,4 @@ def test_the_window_of_a_tree_and_its_commit_lower(lower, named):
 
     with dispatch.naming(named):
         text = lower(verify, abstract_params(CFG), batch, pools()[0], integers(ROWS, 4), integers(ROWS))
-    check(text, named, "attention_forward")
+    check(text, named, "attention_forward", "grouped_matmul_rows")
