@@ -88,7 +88,7 @@ CASES = [
         small=True,
     ),
     case(
-        "small decode", "fewer rows than a tile", 6, 128, 64, 9, sizes=(0, 2, 0, 0, 1, 1, 0, 2, 0), small=True
+        "small decode", "fewer rows than a tile", 6, 128, 64, 9, sizes=(0, 3, 0, 0, 1, 0, 0, 2, 0), small=True
     ),
     case("Nano up decode 16", "nemotron-3-nano, 16 tokens, top 6 of 128", 96, 2688, 1856, 128),
     case("Nano up 8k", "nemotron-3-nano, training of 8192 tokens", 49152, 2688, 1856, 128, gradients=BOTH),
