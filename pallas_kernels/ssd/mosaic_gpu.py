@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.common import LOG2E
-from pallas_kernels.segments import continued_ids, running_ids
 from pallas_kernels.ssd.mosaic_gradients import input_gradients, output_gradients
 from pallas_kernels.ssd.mosaic_outputs import outputs
 from pallas_kernels.ssd.mosaic_states import pass_states
-from pallas_kernels.ssd.pieces import Pieces, log_decay_gradients, log_decays, one_per_chunk, one_per_document
+from pallas_kernels.ssd.pieces import Pieces, filled, log_decay_gradients, log_decays, pieces_of
 from pallas_kernels.ssd.tiles import CHUNKS, Tiles
 from pallas_kernels.tiles import tiles
 
@@ -38,24 +37,6 @@ def supports(x, _dt, _A, B, _C, _D, *, chunk_size, operand_dtype, **_options) ->
     return None
 
 
-def _pieces(segment_ids, batch: int, T: int, L: int, Q: int, n: int | None, open_ends: bool) -> Pieces:
-    fill = ((0, 0), (0, L - T))
-    if n is not None and n > 1:
-        return one_per_document(jnp.pad(running_ids(segment_ids), fill, mode="edge"), Q, n)
-    # With one document a row, padding (dt = 0) leaves the state alone.
-    ids = jnp.ones((batch, T), jnp.int32)
-    if segment_ids is not None and (n is None or open_ends):
-        ids = continued_ids(segment_ids) if open_ends else running_ids(segment_ids)
-    return one_per_chunk(jnp.pad(ids.astype(jnp.int32), fill, mode="edge"), Q, n is not None)
-
-
-def _filled(v, L: int, dtype: Any):
-    """``v`` [B, T, ...] with zeros up to L tokens."""
-    fill = [(0, 0)] * v.ndim
-    fill[1] = (0, L - v.shape[1])
-    return jnp.pad(v.astype(dtype), fill)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _scan(x, dt, A, B, C, D, start, pieces, Q, config):
     """y and the final states of bfloat16 operands, whole to chunks; dt is [B, H, L]."""
@@ -73,7 +54,7 @@ def _forward(x, dt, A, B, C, D, start, pieces, Q, config):
     weights, decays = jnp.exp(until) * dt, jnp.exp(since)
     passed = (x, B, weights, decays, start, pieces.ids, pieces.table, pieces.counts)
     states, final = pass_states(*passed, chunk=Q, tiles=config)
-    y = outputs(x, B, C, D, rows, pieces, states, chunk=Q, tiles=config)
+    y = outputs(x, B, C, D, rows, pieces, states, chunk=Q, stages=config.stages)
     return (y, _where_they_occur(pieces, final, start)), states
 
 
@@ -118,9 +99,9 @@ def run(x, dt, A, B, C, D, *, segment_ids, initial_state, num_segments, open_end
         narrow, dt, B, C = (
             jnp.where(live.reshape(batch, T, *[1] * (v.ndim - 2)), v, 0) for v in (x, dt, B, C)
         )
-    pieces = _pieces(segment_ids, batch, T, L, Q, n, open_ends)
-    narrow, B, C = (_filled(v, L, jnp.bfloat16) for v in (narrow, B, C))
-    dt = _filled(dt, L, jnp.float32).swapaxes(1, 2)
+    pieces = pieces_of(segment_ids, batch, T, L, Q, n, open_ends)
+    narrow, B, C = (filled(v, L, jnp.bfloat16) for v in (narrow, B, C))
+    dt = filled(dt, L, jnp.float32).swapaxes(1, 2)
     if initial_state is None:
         initial_state = jnp.zeros((batch, n or 1, H, P, N), jnp.float32)
     A, D = A.astype(jnp.float32), None if D is None else D.astype(jnp.float32)

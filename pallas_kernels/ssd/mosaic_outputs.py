@@ -11,7 +11,6 @@ from pallas_kernels import compat
 from pallas_kernels.attention.common import ROWS, compiler_params, full, matrices
 from pallas_kernels.mosaic import iota, load, mma
 from pallas_kernels.ssd.pieces import SEES, Pieces
-from pallas_kernels.ssd.tiles import Tiles
 
 
 def behind(values: Any, apart: Any, axis: int, least: int, otherwise: float) -> jax.Array:
@@ -66,12 +65,13 @@ def outputs(
     states: BFloat16[Array, "B p H P N"],
     *,
     chunk: int,
-    tiles: Tiles,
+    stages: int,
+    name: str = "ssd_outputs",
 ) -> BFloat16[Array, "B L H P"]:
     """y, the skip included; ``rows``: log decays, base 2, since the document or the chunk began, and dt."""
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
-    blocks, stages, heads = chunk // ROWS, tiles.stages, H // G
+    blocks, heads = chunk // ROWS, H // G
     pl, plgpu = compat.pl, compat.plgpu
     layout = plgpu.Layout.WGMMA
     by_row, by_column = layout.reduce(1), layout.reduce(0)
@@ -140,7 +140,7 @@ def outputs(
 
     return compat.mosaic_kernel(
         kernel,
-        name="ssd_outputs",
+        name=name,
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(H, L // ROWS, batch),
         grid_names=("head", "block", "row"),

@@ -7,7 +7,10 @@ its state is that of the chunk's last document, and the ids of the tokens say wh
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from pallas_kernels.segments import continued_ids, running_ids
 
 # Columns of a table of pieces, in the order in which states pass through them.
 PIECE, CHUNK, SEES, ADDS, LAST, OPENS, CLOSES = range(7)
@@ -89,6 +92,28 @@ def one_per_document(ids: Int[Array, "B L"], Q: int, n: int) -> Pieces:
     spans = jnp.stack([head, jnp.append(head[:, 1:], counts[:, None], axis=1) - head], axis=2)
     occurs = jnp.any(ids[:, :, None] == jnp.arange(1, n + 1), axis=1)
     return Pieces(ids, table.astype(jnp.int32), spans, counts, occurs)
+
+
+def pieces_of(
+    segment_ids: Int[Array, "B T"] | None, batch: int, T: int, L: int, Q: int, n: int | None, open_ends: bool
+) -> Pieces:
+    """The pieces of a call of an op with ``num_segments`` n, its T tokens filled up to L, a multiple of chunks of Q."""
+    fill = ((0, 0), (0, L - T))
+    if n is not None and n > 1:
+        assert segment_ids is not None
+        return one_per_document(jnp.pad(running_ids(segment_ids), fill, mode="edge"), Q, n)
+    # With one document a row, padding (no decay, nothing written) leaves the state alone.
+    ids = jnp.ones((batch, T), jnp.int32)
+    if segment_ids is not None and (n is None or open_ends):
+        ids = continued_ids(segment_ids) if open_ends else running_ids(segment_ids)
+    return one_per_chunk(jnp.pad(ids.astype(jnp.int32), fill, mode="edge"), Q, n is not None)
+
+
+def filled(v: Shaped[Array, "B T ..."], L: int, dtype: DTypeLike) -> Shaped[Array, "B L ..."]:
+    """``v`` in this dtype with zeros up to L tokens."""
+    fill = [(0, 0)] * v.ndim
+    fill[1] = (0, L - v.shape[1])
+    return jnp.pad(v.astype(dtype), fill)
 
 
 def _sum_of_mates(v: Float[Array, "B H L"], ids: Int[Array, "B L"], Q: int, later: bool, own: bool):
