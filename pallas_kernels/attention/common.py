@@ -29,10 +29,13 @@ def compiler_params() -> Any:
     return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
-def matrices(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices [..., rows, columns], laid out as WGMMA and the copy engine want them."""
+def matrices(shape: tuple[int, ...], dtype: Any, *, like: int | None = None) -> Any:
+    """Shared memory for matrices [..., rows, columns], laid out as WGMMA and the copy engine want them.
+
+    ``like``: laid out as matrices of so many columns are, which these are multiplied with.
+    """
     plgpu, bits = compat.plgpu, jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    swizzle = plgpu.find_swizzle((like or shape[-1]) * bits)
     transforms = (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -40,7 +40,13 @@ BACKWARD = (
     "causal_conv_backward",
     "grouped_matmul_weights",
 )
-FORWARD = ("attention_forward", "ssd_outputs", "causal_conv_forward", "grouped_matmul_rows")
+FORWARD = (
+    "attention_forward",
+    "ssd_outputs",
+    "causal_conv_forward",
+    "gated_delta_outputs",
+    "grouped_matmul_rows",
+)
 
 
 def every_letter():
@@ -117,8 +123,8 @@ def test_the_prefill_step_lowers(lower, named):
 
 @TARGETS
 def test_the_decode_step_lowers(lower, named):
-    # The convolution of JetBlock has no step; its kernel takes rows of more than one token.
-    with dispatch.naming({**named, "dynamic_conv": "xla"}):
+    # The convolution of JetBlock and the delta rule have no step; their kernels take rows of more than one token.
+    with dispatch.naming({**named, "dynamic_conv": "xla", "gated_delta": "xla"}):
         text = lower(
             _decode_jit("bfloat16"),
             *(abstract_params(CFG), *pools(), 1, 1),
