@@ -39,6 +39,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fcp_compute": parallel.fcp_compute,
     "fcp_pair": parallel.fcp_pair,
     "fcp_aot": parallel.fcp_aot,
+    "failover": failover.failover,
     "failover_simulator": failover.failover_simulator,
 }
 

@@ -153,3 +153,57 @@ def _columns(each: dict[str, Any]) -> list[str]:
         number(each["lost"].get("dropped", 0.0), 1),
         number(100 * each["touched"], 0),
     ]
+
+
+NAMES = {"undisturbed": "undisturbed", "mecefo": "MeCeFO", "restart": "checkpoint-restart"}
+
+
+def failover(data: dict[str, Any]) -> str:
+    """What ``experiments.failover`` did to real processes."""
+    lines = [
+        (
+            each["kind"],
+            number(each["worker"], 0),
+            number(each["step"], 0),
+            *(_seconds(each[key]) for key in ("detection", "recovery", "readmission")),
+            number(each["survivor_steps"], 0),
+        )
+        for each in data["failures"]
+    ]
+    header = (
+        "failure",
+        "worker",
+        "in step",
+        "noticed, s",
+        "others go on, s",
+        "back, s",
+        "their steps till then",
+    )
+    runs = [
+        (
+            NAMES[name],
+            number(run["seconds"], 1),
+            number(run["lost_seconds"], 1) if "lost_seconds" in run else "",
+            number(run["validation_loss"], 4),
+            number(run["samples"]["again"], 0) if name != "restart" else "",
+        )
+        for name, run in data["runs"].items()
+    ]
+    table = markdown(
+        ("run", "first to last step, s", "lost, s", "validation loss", "steps made twice"),
+        runs,
+        right=[1, 2, 3, 4],
+    )
+    held = markdown(
+        ("property", ""), [(name, "yes" if is_so else "NO") for name, is_so in data["held"].items()]
+    )
+    load = ", ".join(number(each, 1) for each in data["load"]["average"])
+    said = (
+        f"{data['date'][:10]}, seed {data['seed']}, {data['machine']['cpu']}, {data['load']['cores']} cores; load average "
+        f"before and after the runs: {load}.\n"
+    )
+    return "\n".join([markdown(header, lines, right=range(1, 7)), table, held, said])
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else number(value, 2)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments._failover_account import ledgers, samples
 from jaxllm.config import ConfigError
 from jaxllm.data.loader import Loader
 from jaxllm.data.tokens import TokenCorpus
@@ -123,3 +124,6 @@ def test_killed_workers_leave_no_trace_in_the_parameters(tmp_path):
     # Rank 0, who writes, was killed: whoever followed it went on in the same file. The line of its last step may be lost.
     assert steps == sorted(set(steps)) and steps[-1] == STEPS and len(steps) >= STEPS - 1
     assert (tmp_path / "killed" / "run" / "checkpoints" / "manifests" / f"{STEPS}.json").is_file()
+    # Who trained which rows: every row of every batch once, in the state that the workers ended with.
+    found = samples(ledgers(tmp_path / "killed" / "run", WORKERS), STEPS, 12)
+    assert not (found["lost"] or found["twice"] or found["other_updates"]) and found["counted"] == STEPS * 12
