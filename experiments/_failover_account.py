@@ -119,8 +119,17 @@ def failure(
         for row in rows
         if at < row["time"] < until and row["generation"] != world
     }
-    deaths = {row["worker"] for row in journal if row["event"] == "lost" and at <= row["time"] <= until}
-    survivors = sorted(set(range(workers)) - deaths - {worker})
+    # Whoever was lost before and not back yet survives nothing.
+    survivors = [
+        other
+        for other in set(range(workers)) - {worker}
+        if not any(
+            row["event"] == "lost"
+            and row["worker"] == other
+            and _seen(journal, other, at) <= row["time"] <= until
+            for row in journal
+        )
+    ]
     return {
         "worker": worker,
         "time": at,
@@ -131,9 +140,21 @@ def failure(
         "readmission": None if back is None else back["time"] - at,
         "alone": recovered is not None and worker not in recovered["members"],
         "survivor_steps": len(_counted(steps, begun)),
-        "survivors": survivors,
+        "survivors": sorted(survivors),
         "kept": all(len(_pids(begun.get(other, ()), at, until)) == 1 for other in survivors),
     }
+
+
+def _seen(journal: Sequence[Row], worker: int, at: float) -> float:
+    """When a worker last made its first step in a world, before a time."""
+    return max(
+        (
+            row["time"]
+            for row in journal
+            if row["event"] == "recovered" and row["time"] <= at and worker in row["members"]
+        ),
+        default=0.0,
+    )
 
 
 def others(journal: Sequence[Row], failures: Sequence[Row]) -> list[Row]:

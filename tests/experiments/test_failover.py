@@ -105,6 +105,9 @@ def test_what_a_failure_cost():
     assert account.others(journal, [found]) == []
     second = {**journal[1], "time": 18.0, "worker": 0}
     assert [row["worker"] for row in account.others([*journal, second], [found])] == [0]
+    # Worker 0 had been lost a moment ago, and has another process when it is back.
+    earlier = [*journal[:1], {**second, "time": 16.4}, *journal[1:]]
+    assert account.failure(1, 16.5, earlier, begun(), WORKERS)["survivors"] == [2]
     other = begun()
     other[2][-1]["pid"] = 7
     assert not account.failure(1, 16.5, journal, other, WORKERS)["kept"]
@@ -175,7 +178,7 @@ def chaos(tmp_path, *words):
     return report
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_workers_lose_no_sample(tmp_path, seed):
     report = chaos(tmp_path, "--only", "mecefo", "--failures", "2", "--steps", "40", "--seed", str(seed))
     assert len(report["failures"]) == 2 and {each["kind"] for each in report["failures"]} == {"again"}
