@@ -101,6 +101,11 @@ class Run:
         newest = [each[-1] for each in ledgers(self.folder, self.workers).values() if each]
         return max(newest, key=lambda row: row["time"])["step"] if newest else -1
 
+    def pace(self) -> float:
+        """Seconds between the last two steps that somebody began, at most 5."""
+        times = max((rows for rows in ledgers(self.folder, self.workers).values()), key=len)[-2:]
+        return min(5.0, times[-1]["time"] - times[0]["time"])
+
     def whole(self) -> bool:
         """All workers have made a step together, and none was lost since."""
         rows = self.journal()
@@ -224,10 +229,8 @@ def approach(run: Run, step: int, delay: float, *, whole: bool) -> None:
         ahead = step - run.step()
         run.wait(run.whole, "whole again")
         step = run.step() + ahead
-    begin, since = time.monotonic(), run.step()
     run.wait(lambda: run.step() >= step, f"at step {step}")
-    pace = (time.monotonic() - begin) / max(1, run.step() - since)
-    time.sleep(delay * min(pace, 5.0))
+    time.sleep(delay * run.pace())
 
 
 def restart(run: Run, events: Sequence[Row], heartbeat: float, tell: Callable[[str], None]) -> list[Row]:

@@ -202,6 +202,8 @@ def main(argv: list[str] | None = None) -> int:
         runs[kind] = outcome(run, expected, batch) | {"wall_seconds": time.monotonic() - clock}
         if restarts is not None:
             runs[kind]["restarts"] = restarts
+            # Its worlds are counted anew by every supervisor, so that they do not tell which steps were given up.
+            del runs[kind]["samples"]
         load.append(os.getloadavg()[0])
     folder = work / "mecefo"
     journal, begun = account.read(folder / "membership.jsonl"), account.ledgers(folder, WORKERS)
