@@ -5,27 +5,24 @@ kind and JAX version. Shipped ones lie in ``pallas_kernels/records``; ``python -
 to the user's cache.
 """
 
+import ast
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels import compat
 from pallas_kernels.tiles import file_of
 
-SHIPPED = Path(__file__).parent / "records"
-# What every kernel is built of, beside the files of its own op.
-_SHARED = ("compat.py", "mosaic.py", "tiles.py")
-# And the ops whose kernels, or parts of them, it takes.
-_BORROWED = {
-    "causal_conv.step": ("causal_conv",),
-    "dynamic_conv": ("causal_conv",),
-    "paged_attention": ("attention",),
-    "ssd.step": ("attention",),
-}
+_ROOT = Path(__file__).parent
+SHIPPED = _ROOT / "records"
+# Not part of a kernel: what it is compared with, and what it is tried on.
+_BESIDE = ("reference.py", "xla.py", "cases.py")
+# Not followed to what they import: a kernel does not change with the dispatch of other ops.
+_CALLERS = ("api.py", "dispatch.py", "__init__.py")
 
 
 def local() -> Path:
@@ -34,16 +31,35 @@ def local() -> Path:
     return home / "jaxllm" / "kernel-records"
 
 
+def _imported(file: Path) -> Iterator[Path]:
+    """Modules of this package that a module imports from."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        words = (getattr(node, "module", None) or "").split(".")
+        if isinstance(node, ast.ImportFrom) and words[0] == _ROOT.name:
+            at = _ROOT.joinpath(*words[1:])
+            files = [at.with_suffix(".py"), *(at / f"{alias.name}.py" for alias in node.names)]
+            yield from (found for found in files if found.is_file())
+
+
+def parts(op: str) -> tuple[Path, ...]:
+    """Files that an op's kernels are made of: those of its folder, and all that these import, of other ops as well."""
+    own = _ROOT.joinpath(*op.split(".")).glob("*.py")
+    todo, found = [file for file in own if file.name not in _BESIDE], set()
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            if file.name not in _CALLERS:
+                todo += [each for each in _imported(file) if each.name not in (*_BESIDE, *_CALLERS)]
+    return tuple(sorted(found))
+
+
 @functools.cache
 def sources(op: str) -> str:
     """Hash of what an op's kernels are made of; its reference, its XLA path and its cases are not."""
-    root = Path(__file__).parent
-    folders = [root.joinpath(*name.split(".")) for name in (op, *_BORROWED.get(op, ()))]
-    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    own = [file for file in files if file.name not in ("reference.py", "xla.py", "cases.py")]
     digest = hashlib.sha256()
-    for file in [*own, *(root / name for name in _SHARED)]:
-        digest.update(file.name.encode() + b"\\0" + file.read_bytes() + b"\\0")
+    for file in parts(op):
+        digest.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """Dispatch by device, record and call; the rounded contractions."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -105,6 +106,24 @@ def test_auto_takes_what_is_verified_on_this_device_with_these_sources(h200, mon
     assert (
         records.verified("attention", "cudnn", H200.kind) == "its sources have changed since it was verified"
     )
+
+
+def test_a_pass_is_of_all_that_the_kernels_are_made_of(tmp_path, monkeypatch):
+    """Parts of other ops too, whoever hands them on; not what they are compared with."""
+    root = records._ROOT
+    found = {file.relative_to(root).as_posix() for file in records.parts("gated_delta")}
+    assert {"gated_delta/api.py", "ssd/mosaic_outputs.py", "attention/common.py", "mosaic.py"} <= found
+    assert not {"ssd/xla.py", "gated_delta/xla.py", "gated_delta/cases.py", "dispatch.py"} & found
+    before = records.sources("gated_delta")
+    copy = tmp_path / root.name
+    shutil.copytree(root, copy)
+    monkeypatch.setattr(records, "_ROOT", copy)
+    for changed, other in (("dispatch.py", False), ("ssd/xla.py", False), ("attention/blocks.py", True)):
+        with open(copy / changed, "a") as file:
+            file.write("# another line\n")
+        records.sources.cache_clear()
+        assert (records.sources("gated_delta") != before) == other
+    records.sources.cache_clear()
 
 
 def test_a_failure_takes_an_earlier_pass_back(tmp_path, monkeypatch):
