@@ -267,7 +267,10 @@ def test_agrees_with_the_two_rules_of_transformers(heads):
         ({"num_segments": 2}, "num_segments=2"),
         ({"chunk_size": 0}, "chunk_size=0: expected at least 1"),
         ({"operand_dtype": jnp.int8}, "operand_dtype='int8'"),
-        ({"implementation": "mosaic_gpu"}, "implementation='mosaic_gpu': expected one of 'auto', 'xla'"),
+        (
+            {"implementation": "triton"},
+            "implementation='triton': expected one of 'auto', 'mosaic_gpu', 'xla'",
+        ),
         (
             {"implementation": "reference", "operand_dtype": jnp.bfloat16},
             "cannot run this call of gated_delta",
