@@ -177,6 +177,14 @@ def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
     return plgpu.load(ref, (), layout=layout, optimized=optimized)
 
 
+def store(ref: Any, value: jax.Array, *, optimized: bool = True) -> None:
+    """``plgpu.store`` to a whole (sub-)ref; before 0.12 there is none, and a plain write is refused nowhere."""
+    if _VERSION >= (0, 12):
+        _module("plgpu").store(ref, value, optimized=optimized)
+    else:
+        ref[...] = value
+
+
 def cudnn_version() -> int | None:
     """The version of cuDNN that JAX found, or None."""
     versions = importlib.import_module("jax._src.lib").cuda_versions

@@ -57,6 +57,14 @@ def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> jax.Array:
     return ref[...] if compat.interpreting() else compat.load(ref, layout=layout, optimized=optimized)
 
 
+def store(ref: Any, value: jax.Array, *, optimized: bool = True) -> None:
+    """Writes registers to a whole ref; a plain write where interpreted. ``optimized`` as in :func:`load`."""
+    if compat.interpreting():
+        ref[...] = value
+    else:
+        compat.store(ref, value, optimized=optimized)
+
+
 def iota(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
     """int32 that counts along ``axis``, in registers of this layout."""
     if compat.interpreting():

@@ -89,7 +89,8 @@ def rows_by_experts(
                 return total
 
             total = lax.fori_loop(0, count, step, full((ROWS, width), 0.0, layout))
-            out_s[thread] = total.astype(x.dtype)
+            # Banks conflict in rows that are not tiled; this is once per tile.
+            mosaic.store(out_s.at[thread], total.astype(x.dtype), optimized=False)
             plgpu.commit_smem()
             base = tile * config.rows + row_part * ROWS
             begin = jnp.clip(first - base, 0, ROWS)

@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.attention.common import LOG2E, ROWS, compiler_params, full
-from pallas_kernels.mosaic import load
+from pallas_kernels.mosaic import load, store
 from pallas_kernels.slots import slot_ids
 
 REASON = "states read and written in place, once each, of live rows only"
@@ -68,15 +68,15 @@ def run(x, dt, A, B, C, D, *, pool, slots, live, fresh):
             step = dt_ref[b, h]
             u = far(x_ref.at[b, h, own], by_row)
             S = _updated(S, jnp.exp2(step * A_ref[h] * LOG2E), u * step, far(B_ref.at[b, g], by_column))
-            pool_ref[at, h, own] = S
+            store(state, S, optimized=False)
             right = lax.broadcast_in_dim(far(C_ref.at[b, g], by_column), S.shape, (1,))
             y = jnp.sum(S * right, axis=1)
             y = y if D_ref is None else y + u * D_ref[h]
-            out[b, h, own] = y.astype(x.dtype)
+            store(out.at[b, h, own], y.astype(x.dtype), optimized=False)
 
         @pl.when(slot < 0)
         def _idle():
-            out[b, h, own] = full((ROWS,), 0.0, by_row).astype(x.dtype)
+            store(out.at[b, h, own], full((ROWS,), 0.0, by_row).astype(x.dtype), optimized=False)
 
     return compat.mosaic_in_place(
         kernel,
