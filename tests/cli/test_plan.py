@@ -30,6 +30,20 @@ def test_json_has_the_planners_own_figures(cli, tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_window_sends_what_it_reaches_only(cli, tmp_path):
+    path = tmp_path / "lengths.txt"
+    path.write_text("20000 9000")
+
+    def transfers(*asked):
+        out = ("--out", str(tmp_path / "plan.png"), "--json")
+        shown = cli("plan", str(path), "--workers", "4", "--block", "512", *asked, *out)
+        return json.loads(shown.out)["balance"]["transfers"]
+
+    assert 0 == transfers("--window", "1") < transfers("--window", "513") < transfers()
+    config = PlanConfig(4, 512, window=513)
+    assert transfers("--window", "513") == make_plan([20000, 9000], config).balance.transfers
+
+
 @pytest.mark.parametrize("strategy", ["fcp", "document"])
 def test_the_table_shows_a_distribution(cli, tmp_path, strategy):
     out = tmp_path / "plan.png"
@@ -68,6 +82,7 @@ def test_the_picture_shows_what_is_held_and_what_travels(tmp_path):
         (["log-normal", "--workers", "0"], ["--workers", "0", "at least 1"]),
         (["log-normal", "--block", "-4"], ["--block", "-4"]),
         (["log-normal", "--tokens", "0"], ["--tokens", "at least 1"]),
+        (["log-normal", "--window", "0"], ["--window", "0", "at least 1"]),
         (["log-normal", "--slowdown", "0"], ["--slowdown", "above 0"]),
         (["log-normal", "--out", "plan.pdf"], ["--out", "plan.pdf", ".png"]),
         (["{file}", "--tokens", "9"], ["--tokens", "only with a distribution"]),

@@ -78,6 +78,22 @@ def test_devices_that_share_documents_hold_their_slots(cfg):
     assert estimate_training_memory(cfg, 8, 64, MeshShape(context=4)).activations * 2 == one.activations
 
 
+@pytest.mark.parametrize(("window", "blocks"), [(1, 0), (17, 1), (18, 2), (1000, None)])
+def test_a_window_bounds_what_other_devices_send(window, blocks):
+    """A query block of 16 tokens sees the blocks that its window reaches: those of its 9 slots, before it."""
+    heads = dict(num_heads=2, num_kv_heads=1, head_dim=8)
+    mesh, context = MeshShape(context=4), ContextSettings(block=16)
+
+    def exchanged(pattern, **attention):
+        model = tiny_config(pattern, attention=AttentionConfig(**heads, **attention))
+        return estimate_training_memory(model, 8, 64, mesh, None, context).exchanged
+
+    full = exchanged("*-")
+    # 27 blocks of the other three devices, which is less than two stages of 16 rounds.
+    assert exchanged("W-", window=window) == (full if blocks is None else full * 9 * blocks // 27)
+    assert exchanged("W*", window=window) == full
+
+
 def test_flops_by_hand():
     cfg = tiny_config("*-", tie_embeddings=True)
     projections = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16)

@@ -32,6 +32,8 @@ class Args:
         seed: of the draw.
         node: workers of a node, numbered one after the other; 0: all in one.
         slowdown: time of a block between nodes over its time inside one.
+        window: keys that a query of the model's widest attention sees, itself included (1 for a model without attention);
+            left out: all before it in its document.
         out: the picture, a PNG.
         json: print the figures as JSON.
     """
@@ -44,6 +46,7 @@ class Args:
     seed: int = 0
     node: int = 0
     slowdown: float = 9.0
+    window: int | None = None
     out: Path = Path("plan.png")
     json: bool = False
 
@@ -52,8 +55,10 @@ class Args:
         for name, least in (("workers", 1), ("block", 1), ("node", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name}", getattr(self, name), f"a whole number of at least {least}")
-        if self.tokens is not None and self.tokens < 1:
-            raise UserError("--tokens", self.tokens, "a whole number of at least 1")
+        for name in ("tokens", "window"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise UserError(f"--{name}", given, "a whole number of at least 1")
         if not self.slowdown > 0:
             raise UserError("--slowdown", self.slowdown, "a number above 0")
         if self.out.suffix.lower() != ".png":
@@ -135,7 +140,7 @@ def run(args: Args) -> int:
     from parallel.context import Links, PlanConfig, make_plan
 
     links = Links(node=args.node, between=args.slowdown)
-    config = PlanConfig(args.workers, args.block, args.strategy, links=links)
+    config = PlanConfig(args.workers, args.block, args.strategy, links=links, window=args.window)
     begin = perf_counter()
     plan = make_plan(lengths, config)
     seconds = perf_counter() - begin

@@ -6,7 +6,7 @@ from math import prod
 from jaxllm.axes import described
 from jaxllm.config import GatedDeltaConfig, ModelConfig
 from jaxllm.model.functional import param_axes
-from jaxllm.train.context import ContextSettings
+from jaxllm.train.context import ContextSettings, sight
 from jaxllm.train.placement import check_mesh
 from jaxllm.train.step import StepSettings
 from parallel.mesh import ROWS, MeshShape, abstract_mesh
@@ -140,7 +140,10 @@ def _exchanged(cfg: ModelConfig, mesh: MeshShape, context: ContextSettings, slot
         if context.strategy == "ulysses":
             found.append(slots * context.block * a.head_dim * (a.num_heads + 2 * a.num_kv_heads) * width)
         else:
-            blocks = min(2 * context.stage_rounds, (mesh.context - 1) * slots)
+            blocks, seen = min(2 * context.stage_rounds, (mesh.context - 1) * slots), sight(cfg)
+            if seen is not None:
+                # Before each of its own blocks a device needs those that a window reaches, and no others.
+                blocks = min(blocks, slots * -(-(seen - 1) // context.block))
             found.append(blocks * context.block * 2 * a.head_dim * a.num_kv_heads * (width + FLOAT))
     # The map of each block and the state before it, and the same of the other devices' for a share of the elements.
     if cfg.mamba is not None and "M" in cfg.letters:
