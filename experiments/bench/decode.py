@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.bench.decode [--quick] [--kind KIND ...] [--context N ...] [--only NAME ...] [--out FILE]
 Time:     not taken in full yet; --quick, 2,048 tokens and few cases, half a minute on idle cores.
-          Resumable: finished cases of the result file are kept unless --fresh.
+          Resumable: finished cases of the result file are kept unless --fresh, those of other machines too.
 Needs:    for the peers ``pip install jaxllm[oracle]``, and optimum-quanto or hqq for transformers' caches of 4 bits;
           what is missing stands in the row.
 Expected: Quest at a sixteenth of 32,768 tokens reads attention at least 5 times as fast as dense attention over a
@@ -169,37 +169,36 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(prefill(options.prefill) if options.prefill else curve(name, *map(int, sizes))))
         return 0
     out = options.out or (None if options.quick else RESULTS / "decode.json")
-    found: dict[str, Any] = {kind: [] for kind in KINDS}
-    speed = 0.0
+    found: dict[str, Any] = {kind: [] for kind in KINDS} | {"machines": {}}
     if out is not None and out.is_file() and not options.fresh:
         before = json.loads(out.read_text())
-        found |= {kind: rows for kind, rows in before.items() if kind in KINDS}
-        # Rows of one file shall have one bound.
-        speed = before["bytes_per_second"]
-    speed = speed or bandwidth(3 if options.quick else 9, 2**22 if options.quick else 2**26)
+        found |= {name: before[name] for name in found}
+    here = machine.describe()["cpu"]
+    # Rows of one machine shall have one bound.
+    speed = found["machines"].get(here, {}).get("bytes_per_second") or bandwidth(
+        3 if options.quick else 9, 2**22 if options.quick else 2**26
+    )
+    found["machines"][here] = {
+        "device": machine.describe(),
+        "versions": machine.versions(),
+        "bytes_per_second": speed,
+    }
     for kind, call, row in plan(options):
         if any(row.items() <= old.items() for old in found[kind]):
             continue
-        found[kind].append(call(speed))
+        found[kind].append(call(speed) | {"cpu": here})
         if out is not None:
-            out.write_text(json.dumps(report(found, speed), indent=1) + "\n", encoding="utf-8")
-    whole = report(found, speed)
+            out.write_text(json.dumps(report(found), indent=1) + "\n", encoding="utf-8")
+    whole = report(found)
     show(whole)
     if out is not None:
         draw(out.with_suffix(".png"), whole)
     return 0
 
 
-def report(found: dict[str, Any], speed: float) -> dict[str, Any]:
-    """The result file's contents."""
-    return {
-        "command": "python -m experiments.bench.decode",
-        "device": machine.describe(),
-        "versions": machine.versions(),
-        "bytes_per_second": speed,
-        "pools": pool_case(),
-        **found,
-    }
+def report(found: dict[str, Any]) -> dict[str, Any]:
+    """The result file's contents; a row names the CPU it was measured on, which ``machines`` describes."""
+    return {"command": "python -m experiments.bench.decode", "pools": pool_case(), **found}
 
 
 if __name__ == "__main__":

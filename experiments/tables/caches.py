@@ -25,11 +25,32 @@ def decode(data: dict[str, Any]) -> str:
         share = ", ".join(f"{name} {value:.0%}" for name, value in r["select_share"].items())
         text += f"\nAttention alone at {number(r['context'], 0)}, times as fast as dense: {faster}; selecting takes {share} of dense.\n"
     text += decode_peers(data["peers"]) + _decode_memory(data["curves"], data["prefill"])
-    where = f"{data['device']['cpu']}, {data['device']['cores']} cores, JAX {data['versions']['jax']}"
     pools = number(data["pools"]["int4_over_bfloat16"], 2)
+    where = "; ".join(_measured(data, cpu) for cpu in data["machines"])
     return (
         f"{text}\nAn int4 pool holds {pools} times the tokens of bfloat16 in a byte. Measured on: {where}.\n"
     )
+
+
+def _measured(data: dict[str, Any], cpu: str) -> str:
+    """A machine, and which rows are its own where there are several."""
+    told = data["machines"][cpu]
+    text = f"{cpu}, {told['device']['cores']} cores, JAX {told['versions']['jax']}"
+    if len(data["machines"]) == 1:
+        return text
+    kinds = {
+        "model": ("steps", "context"),
+        "layers": ("attention alone", "context"),
+        "peers": ("transformers' caches", "context"),
+        "curves": ("long texts", "new_tokens"),
+        "prefill": ("prompts", "length"),
+    }
+    parts = []
+    for kind, (name, size) in kinds.items():
+        sizes = sorted({row[size] for row in data[kind] if row["cpu"] == cpu})
+        if sizes:
+            parts.append(f"{name} of {', '.join(number(each, 0) for each in sizes)}")
+    return f"{text} ({'; '.join(parts)})"
 
 
 def decode_peers(rows: list[dict[str, Any]]) -> str:
