@@ -229,19 +229,23 @@ def draw(path: Path, maps: dict[str, Map], title: str) -> None:
 
     columns = 3
     lines = -(-len(maps) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.6 * lines + 0.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 2.6 * lines + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (name, each) in zip(panels, maps.items()):
-        # Wide texts have more tokens than the panel has points: a point shows the most of its tokens.
-        wide = -(-each.read.shape[1] // 512)
+        # Fewer columns than a panel has pixels, so that none is skipped: a column shows the most of its tokens.
+        wide = -(-each.read.shape[1] // 256)
         padded = np.pad(each.read, ((0, 0), (0, -each.read.shape[1] % wide)))
         shown = padded.reshape(len(padded), -1, wide).max(axis=2)
         options: dict[str, Any] = {"vmin": 0, "vmax": 1}
         if name == "dense":
             shown, options = np.maximum(shown, 1e-4), {"norm": LogNorm(1e-4, 1)}
         extent = (0, each.read.shape[1], len(each.read), 0)
-        axes.imshow(shown, aspect="auto", cmap="magma", interpolation="nearest", extent=extent, **options)
+        image = axes.imshow(
+            shown, aspect="auto", cmap="magma", interpolation="nearest", extent=extent, **options
+        )
+        label = "probability, mean of the KV heads" if name == "dense" else "share of the KV heads"
+        figure.colorbar(image, ax=axes, pad=0.01).set_label(label, fontsize=7)
         axes.set_title(f"{name}: reads {each.share:.1%}, recall {each.recall:.1%}", fontsize=9)
         axes.set(xlabel="token", ylabel="step")
     for axes in panels[len(maps) :]:
