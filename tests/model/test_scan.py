@@ -49,6 +49,12 @@ def test_groups_give_the_pattern_back_and_trace_no_more(pattern: str) -> None:
     assert sum(g.length for g in groups) <= len(pattern)
 
 
+def test_a_motif_is_not_torn_by_the_repeats_inside_it() -> None:
+    """Its stages would have other letters each, and four loops take longer to compile than five letters."""
+    assert groups_of("MMMM-" * 2) == ((0, 5, 2),)
+    assert groups_of("MMMM-" * 4) == ((0, 5, 4),)
+
+
 @pytest.mark.parametrize(
     ("pattern", "traced"),
     [(preset("nemotron-h-8b").pattern, 13), ("*-" * 32, 2), ("M" * 24, 1), ("M-*" + "M-" * 9, 5), ("M*-", 3)],

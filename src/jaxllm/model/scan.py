@@ -32,7 +32,10 @@ class Span(NamedTuple):
 
 @lru_cache(maxsize=64)
 def groups_of(pattern: str) -> tuple[Span, ...]:
-    """The cut of ``pattern`` that leaves the fewest letters to trace, and among those the fewest groups."""
+    """The cut of ``pattern`` with the least to compile: letters that are traced and groups, one like the other.
+
+    A loop is a program of its own. ``MMMM-MMMM-`` is therefore its five letters twice, not four loops over four letters.
+    """
     best: dict[int, tuple[int, int, tuple[Span, ...]]] = {len(pattern): (0, 0, ())}
     for start in range(len(pattern) - 1, -1, -1):
         options = []
@@ -42,7 +45,7 @@ def groups_of(pattern: str) -> tuple[Span, ...]:
                 repeats += 1
                 traced, groups, rest = best[start + repeats * length]
                 options.append((traced + length, groups + 1, (Span(start, length, repeats), *rest)))
-        best[start] = min(options, key=lambda option: option[:2])
+        best[start] = min(options, key=lambda option: (option[0] + option[1], option[0]))
     return best[0][2]
 
 
