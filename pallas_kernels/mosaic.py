@@ -4,6 +4,7 @@ A record of an interpreted kernel therefore says "MMA path not executed": the te
 a GPU only.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ from pallas_kernels import compat
 def mma(
     acc: jax.Array | None, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False
 ) -> jax.Array:
-    """``acc + a @ b`` in float32 on the tensor cores of one warpgroup, waited for.
+    """``acc + a @ b`` on the tensor cores of one warpgroup, waited for: in float32, of int8 in int32.
+
+    Operands of 8 bits lie K-major, [M, K] and [N, K] with ``transpose_b``: the tensor cores transpose 16 bits only. Of
+    float8 Hopper keeps about 14 bits of a sum.
 
     Args:
         acc: [M, N] in registers, M a multiple of 64, N of 8 and at most 256; None: zeros.
@@ -25,12 +29,13 @@ def mma(
         transpose_b: contract the minor dimension of b.
     """
     rows, columns = a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1]
+    exact = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
     if compat.interpreting():
         left, right = a[...], b[...]
         # The reads above are the proxy's in hardware; without a fence a later TMA into b would count as a race.
         compat.plgpu.commit_smem()
         dims = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
-        out = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+        out = jax.lax.dot_general(left, right, dims, preferred_element_type=exact)
         return out if acc is None else acc + out
     left = a.transpose((1, 0)) if transpose_a else a
     right = b.transpose((1, 0)) if transpose_b else b
@@ -40,8 +45,31 @@ def mma(
         return total[...] if acc is None else None
 
     if acc is None:
-        return compat.pl.run_scoped(product, compat.plgpu.ACC((rows, columns), jnp.float32))
+        return compat.pl.run_scoped(product, compat.plgpu.ACC((rows, columns), exact))
     return compat.pl.run_state(product)(compat.plgpu.ACC.init(acc))
+
+
+def feed(count: Any, stages: int, free: Any, fetch: Callable[[Any, Any], None]) -> None:
+    """The life of a warpgroup that fetches for others, through a ring of ``stages`` places.
+
+    Args:
+        count: steps.
+        free: barriers, one a place, at which all who read a place arrive when they have.
+        fetch: takes the step and its place, and starts the copies into it.
+    """
+    pl, plgpu = compat.pl, compat.plgpu
+    plgpu.set_max_registers(40, action="decrease")
+
+    @pl.loop(0, count)
+    def _(step):
+        stage = jax.lax.rem(step, jnp.int32(stages))
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
+        fetch(step, stage)
+
+    # Nobody leaves while its barriers are still signalled.
+    @pl.loop(jnp.maximum(count - stages, 0), count)
+    def _(step):
+        plgpu.barrier_wait(free.at[jax.lax.rem(step, jnp.int32(stages))])
 
 
 def cast_layout(x: jax.Array, layout: Any) -> jax.Array:

@@ -205,6 +205,18 @@ def _pallas_paged(case: Case) -> Peer:
     return run
 
 
+def _dense(case: Case) -> Peer:
+    """The product of bfloat16 that stands for a quantised one: what quantising has to beat."""
+    avals = case.avals()
+    (M, K), N = avals["x"].shape, avals["codes"].shape[0]
+
+    def run(_arrays: Arrays, repeats: int) -> float:
+        x, w = (jnp.ones(shape, jnp.bfloat16) for shape in ((M, K), (N, K)))
+        return seconds(lambda x, w: jnp.einsum("mk,nk->mn", x, w), x, w, repeats=repeats)
+
+    return run
+
+
 def peers(case: Case) -> dict[str, Peer]:
     """Contenders by name."""
     found: dict[str, Peer] = {"xla": lambda arrays, n: seconds(case.call("xla"), arrays, repeats=n)}
@@ -212,4 +224,6 @@ def peers(case: Case) -> dict[str, Peer]:
         found |= _attention_peers(case)
     if case.op == "paged_attention":
         found["pallas.ops.gpu paged_attention, sealed pages only"] = _pallas_paged(case)
+    if case.op == "quantized_matmul":
+        found["a product of bfloat16"] = _dense(case)
     return found

@@ -40,9 +40,9 @@ def matrices(shape: tuple[int, ...], dtype: Any, *, like: int | None = None) -> 
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+def full(shape: tuple[int, ...], value: float, layout: Any, dtype: Any = jnp.float32) -> jax.Array:
     """A constant in registers of this layout."""
-    return cast_layout(jnp.full(shape, value, jnp.float32), layout)
+    return cast_layout(jnp.full(shape, value, dtype), layout)
 
 
 def capped(scores: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:

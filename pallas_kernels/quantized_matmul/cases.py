@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from pallas_kernels.cases import Arrays, Case
 from pallas_kernels.quantized_matmul.api import quantized_matmul
-from pallas_kernels.quantized_matmul.codes import QuantizedWeight
+from pallas_kernels.quantized_matmul.codes import QuantizedRows, QuantizedWeight
 
 
 def call(*, x: Any, codes: Any, scale: Any, offset: Any = None, bits: int, implementation: str) -> Any:
@@ -50,6 +50,65 @@ def case(
     )
 
 
+def call_codes(
+    *, x: Any, x_scale: Any, codes: Any, scale: Any, kind: str, out_dtype: str, implementation: str
+) -> Any:
+    """``quantized_matmul`` of codes of 8 bits, given as the bytes that they are: an oracle takes no float8 for float32."""
+    x, codes = (jax.lax.bitcast_convert_type(v, jnp.dtype(kind)) for v in (x, codes))
+    rows, w = QuantizedRows(x, x_scale), QuantizedWeight(codes, scale, None, 8)
+    return quantized_matmul(rows, w, out_dtype=jnp.dtype(out_dtype), implementation=implementation)
+
+
+def _codes(kind: str, key: PRNGKeyArray, rows: int, K: int) -> Any:
+    """i8[rows, K], the bytes of codes as a quantiser leaves them, about 3 standard deviations within the range."""
+    if kind == "int8":
+        return jax.random.randint(key, (rows, K), -128, 128, jnp.int8)
+    top = float(jnp.finfo(kind).max)
+    values = jnp.clip(jax.random.normal(key, (rows, K)) * (top / 3), -top, top)
+    return jax.lax.bitcast_convert_type(values.astype(kind), jnp.int8)
+
+
+def _inputs_of_codes(M: int, N: int, K: int, group: int | None, kind: str, key: PRNGKeyArray) -> Arrays:
+    draw = jax.random.split(key, 4)
+    groups = 1 if group is None else K // group
+    most = 2.0**-7 if kind == "int8" else 1 / float(jnp.finfo(kind).max)
+    return {
+        "x": _codes(kind, draw[0], M, K),
+        "x_scale": jax.random.uniform(draw[1], (M, groups), jnp.float32, 0.5, 2) * most,
+        "codes": _codes(kind, draw[2], N, K),
+        "scale": jax.random.uniform(draw[3], (groups, N), jnp.bfloat16, 0.5, 2) * jnp.bfloat16(most),
+    }
+
+
+def case_of_codes(
+    name: str,
+    stands_for: str,
+    M: int,
+    N: int,
+    K: int,
+    *,
+    group: int | None = None,
+    kind: str = "int8",
+    **more: Any,
+) -> Case:
+    """W8A8 at one shape: a scale a row and output, or for each group of inputs; small ones leave in float32."""
+    groups = 1 if group is None else K // group
+    width = 4 if more.get("small") else 2
+    # Integers are exact, of groups but for the order of float32 sums; other results leave in bfloat16.
+    more = {"tolerance": 1e-6 if width == 4 else 4e-3} | more
+    return Case(
+        name=name,
+        op="quantized_matmul",
+        function=call_codes,
+        inputs=partial(_inputs_of_codes, M, N, K, group, kind),
+        options={"kind": kind, "out_dtype": "float32" if width == 4 else "bfloat16"},
+        stands_for=stands_for,
+        flops=2.0 * M * N * K,
+        bytes_moved=1.0 * (M + N) * K + groups * (4 * M + 2 * N) + width * M * N,
+        **more,
+    )
+
+
 CASES = [
     case("small M5", "fewer rows than a tile", 5, 128, 512, small=True),
     case("small M40 group64 offset", "asymmetric", 40, 256, 320, group=64, offset=True, small=True),
@@ -69,5 +128,31 @@ CASES = [
     case("8B down M256 offset", "nemotron-h-8b, down projection, windows", 256, 4096, 21504, offset=True),
     case(
         "Nano expert M128 group64", "nemotron-3-nano, down projection of experts", 128, 2688, 1856, group=64
+    ),
+    case_of_codes("small int8 M137", "ragged second tiles of rows and of columns", 137, 192, 192, small=True),
+    case_of_codes("small int8 M5", "few rows: turned, in shares of integers", 5, 192, 192, small=True),
+    case_of_codes("small int8 M5 group64", "a scale for each group", 5, 192, 192, group=64, small=True),
+    case_of_codes(
+        "small int8 gradients",
+        "gradients by the scales",
+        *(3, 128, 128),
+        group=64,
+        small=True,
+        gradients=("x_scale", "scale"),
+        # The scales' own dtype.
+        tolerance=4e-3,
+    ),
+    *(
+        case_of_codes(f"int8 {name} M{M}", f"{stands_for}, {phase}", M, N, K)
+        for name, stands_for, N, K in (
+            ("8B up", "nemotron-h-8b, up projection", 21504, 4096),
+            ("Nano shared expert down", "nemotron-3-nano, down projection of the shared expert", 2688, 3712),
+            ("Jet up", "jet-nemotron-2b, up projection", 8960, 1536),
+        )
+        for M, phase in ((16, "decode of 16"), (4096, "prefill"))
+    ),
+    case_of_codes("int8 8B up M16 group128", "nemotron-h-8b, decode, groups", 16, 21504, 4096, group=128),
+    case_of_codes(
+        "int8 8B up M4096 group128", "nemotron-h-8b, prefill, groups", 4096, 21504, 4096, group=128
     ),
 ]

@@ -1,14 +1,23 @@
-"""Weights in 4 bits times bfloat16 rows on Hopper; the kernel leaves sums of shares, transposed, that XLA adds up."""
+"""Weights in 4 bits times bfloat16 rows, and codes of 8 bits times codes of 8 bits, on Hopper.
 
+Of few rows the kernels leave sums of shares, transposed, that XLA adds up.
+"""
+
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.quantized_matmul import mosaic_kernel, xla
+from pallas_kernels.quantized_matmul import mosaic_codes, mosaic_kernel, xla
 from pallas_kernels.quantized_matmul.codes import QuantizedRows, QuantizedWeight
 from pallas_kernels.quantized_matmul.mosaic_kernel import HIGH, OUTPUTS, Tiles
 
-REASON = "codes by TMA and warpgroup matrix products on Hopper, split over the inputs"
-BESIDE = "even and odd inputs of x apart and its sums by group, the sum of the shares and their transposition"
+REASON = "codes by TMA and warpgroup matrix products on Hopper, of few rows split over the inputs"
+BESIDE = (
+    "of 4 bits: even and odd inputs of x apart and its sums by group; of few rows the sum of the shares and their "
+    "transposition; the gradients"
+)
 
 # The 16 bytes of 32 codes are less than the least swizzle of shared memory.
 _GROUPS = (64, 128)
@@ -17,11 +26,27 @@ _COLUMNS = (32, 64, 128)
 _MULTIPROCESSORS = 132
 
 
+def _supports_codes(x: QuantizedRows, w: QuantizedWeight) -> str | None:
+    if w.bits != 8:
+        return "weights in 4 bits have no kernel with rows in 8 bits yet, xla multiplies them"
+    kinds = (x.codes.dtype.name, w.codes.dtype.name)
+    if kinds[0] != kinds[1]:
+        return f"codes of rows and weights of one dtype, not {kinds[0]} and {kinds[1]}"
+    if kinds[0] != "int8":
+        return f"codes of {kinds[0]} have no kernel yet, xla multiplies them"
+    if w.offset is not None:
+        return "weights in 8 bits without offsets"
+    N, K = w.shape
+    if K % mosaic_codes.DEPTHS[-1] or N % 64:
+        return f"inputs in multiples of 32 and outputs of 64, which the copy engine lays out, not {K} and {N}"
+    return "there is nothing to multiply" if 0 in (*x.shape, N) else None
+
+
 def supports(x, w: QuantizedWeight, *, operand_dtype, **_options) -> str | None:
     if isinstance(x, QuantizedRows):
-        return "products of codes with codes have no kernel yet, xla multiplies them"
+        return _supports_codes(x, w)
     if w.bits != 4:
-        return "weights in 8 bits, int8 or float8, have no kernel yet, xla multiplies them"
+        return "weights in 8 bits have a kernel with rows in 8 bits only, xla multiplies them"
     for name, dtype in (("x", x.dtype), ("operands", operand_dtype or x.dtype)):
         if dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, not {jnp.dtype(dtype).name}"
@@ -63,8 +88,60 @@ def product(x, w: QuantizedWeight, _dtype, out_dtype):
     return shares.sum(axis=0)[:, :M].T.astype(out_dtype)
 
 
+def _of_codes(x, x_scale, codes, scale, out_dtype):
+    """``x @ W.T`` of codes: the many rows left, so that few rows make the kernel's result the transposed one."""
+    (M, K), (N, _), x_scale = x.shape, codes.shape, x_scale.T
+    groups = scale.shape[0]
+    turned = M <= mosaic_codes.LEFT
+    config = tiles.tiles("quantized_matmul", f"{x.dtype.name} codes {'few' if turned else 'many'}", Tiles())
+    if turned:
+        columns = columns_of(M)
+        steps = K // mosaic_codes.depth_of(K, groups)
+        splits = splits_of(config.splits, -(-N // mosaic_codes.LEFT), steps)
+        operands = (codes, x, scale, x_scale)
+    else:
+        # Wide tiles read less, where there are enough of them for the device.
+        wide = M * N >= _MULTIPROCESSORS * mosaic_codes.LEFT * 256
+        columns = 256 if wide and not mosaic_codes.apart(x.dtype, groups) else 128
+        splits, operands = 1, (x, codes, x_scale, scale)
+    y = mosaic_codes.launch(
+        *operands, columns=columns, splits=splits, stages=config.stages, out_dtype=out_dtype
+    )
+    y = y[0] if splits == 1 else y.sum(axis=0)
+    y = (y.T if turned else y)[:M, :N]
+    if splits > 1 and groups == 1:
+        y = y.astype(jnp.float32) * (x_scale[0][:, None] * scale[0].astype(jnp.float32))
+    return y.astype(out_dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def product_of_codes(x, x_scale, codes, scale, out_dtype):
+    """:func:`_of_codes` with gradients by the scales, which XLA computes."""
+    return _of_codes(x, x_scale, codes, scale, out_dtype)
+
+
+def _fwd(x, x_scale, codes, scale, out_dtype):
+    return _of_codes(x, x_scale, codes, scale, out_dtype), (x, x_scale, codes, scale)
+
+
+def _bwd(out_dtype, residuals, g):
+    x, x_scale, codes, scale = residuals
+
+    def through_xla(x_scale, scale):
+        w = QuantizedWeight(codes, scale, None, 8)
+        return xla.codes_by_codes(QuantizedRows(x, x_scale), w, out_dtype)
+
+    dx_scale, dscale = jax.vjp(through_xla, x_scale, scale)[1](g)
+    return None, dx_scale, None, dscale
+
+
+product_of_codes.defvjp(_fwd, _bwd)
+
+
 def run(x, w, *, operand_dtype, out_dtype):
     del operand_dtype
+    if isinstance(x, QuantizedRows):
+        return product_of_codes(x.codes, x.scale, w.codes, w.scale, out_dtype)
     return xla.differentiable(
         product, x, w.codes, w.scale, w.offset, w.bits, jnp.dtype(jnp.bfloat16), out_dtype
     )

@@ -78,13 +78,8 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
 
         @pl.when(thread == CONSUMERS)
         def produce():
-            plgpu.set_max_registers(40, action="decrease")
-
-            @pl.loop(0, count)
-            def _(step):
-                stage, group = lax.rem(step, jnp.int32(stages)), first + step
-                done = ready.at[stage]
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
+            def fetch(step, stage):
+                group, done = first + step, ready.at[stage]
                 inputs, outputs = pl.ds(group * width, width), pl.ds(n * OUTPUTS, OUTPUTS)
                 plgpu.copy_gmem_to_smem(codes_ref.at[outputs, inputs], codes_s.at[stage], done)
                 rows = x_ref.at[:, pl.ds(m * columns, columns), inputs]
@@ -93,10 +88,7 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
                 for index, ref in enumerate(affine_refs):
                     plgpu.copy_gmem_to_smem(ref.at[group, outputs], affine_s[index].at[stage], done)
 
-            # Nobody leaves while its barriers are still signalled.
-            @pl.loop(jnp.maximum(count - stages, 0), count)
-            def _(step):
-                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
+            mosaic.feed(count, stages, free, fetch)
 
         @pl.when(thread < CONSUMERS)
         def consume():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from experiments.bench import _kernels_gpu, _kernels_peers, _kernels_torch, kernels
@@ -10,6 +11,7 @@ from experiments.tables.text import TableError
 from pallas_kernels import compat
 from pallas_kernels.attention import cases as attention_cases
 from pallas_kernels.paged_attention import cases as paged_cases
+from pallas_kernels.quantized_matmul import cases as quantized_cases
 from tests.kernels.proof import scaled
 
 CASE = dataclasses.replace(scaled.CASES[1], flops=2e6, bytes_moved=1e6)
@@ -64,6 +66,12 @@ def test_jax_has_a_peer_for_whole_pages_only():
     assert callable(theirs["8B decode 32k"]) and callable(theirs["small page16 d64"])
     assert "one query" in theirs["8B window 8 32k"] and "8 bits" in theirs["8B decode 32k 4 bits"]
     assert "no selection" in theirs["8B Quest 64k"]
+
+
+def test_quantised_products_are_timed_beside_the_product_of_bfloat16():
+    case = next(case for case in quantized_cases.CASES if case.small)
+    arrays = jax.jit(case.inputs)(jax.random.key(0))
+    assert _kernels_peers.peers(case)["a product of bfloat16"](arrays, 1) > 0
 
 
 def test_what_a_device_reaches_is_measured():
