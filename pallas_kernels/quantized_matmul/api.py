@@ -60,7 +60,7 @@ def quantized_matmul(
     With float x (W4A16, W8A16) the values of the weights are multiplied. With quantised rows (W8A8, W4A8) the codes are:
     ``y[m, n] = sum_g (sum of products of codes in group g) * (x.scale[m, g] * w.scale[g, n])``, the inner sums exact in
     int32, the scales multiplied in float32 (in float16, as in Atom's kernel, they could underflow). Where either has codes
-    of float8 the products are exact and their sums are of float32.
+    of float8 the products are exact and their sums are of float32; within 128 inputs the Hopper kernel's keep about 14 bits.
 
     Source: Atom (arXiv 2310.19102), sections B and E of its arithmetic, without the outlier channels.
 

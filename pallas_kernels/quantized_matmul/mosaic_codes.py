@@ -5,8 +5,9 @@ puts the many rows there, and ``y`` comes out as it is or transposed. Two warpgr
 and share the tile of the right one that a third brings.
 
 With one scale a row and integers, the sum over all inputs stays in the tensor cores, exact. Where groups have scales of
-their own, a group is a step whose sum is scaled and added in float32. So is every step of float8 (scale or not): Hopper
-keeps about 14 bits of such a sum, which over 128 inputs is still better than the codes.
+their own, a group is a step whose sum is scaled and added in float32. So is every step of float8, scale or not: Hopper
+keeps about 14 bits of such a sum, and DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) therefore adds 128 inputs at a time up
+in float32. Within those 128 the result is that of the tensor cores, not of float32.
 """
 
 from typing import Any

@@ -32,8 +32,6 @@ def _supports_codes(x: QuantizedRows, w: QuantizedWeight) -> str | None:
     kinds = (x.codes.dtype.name, w.codes.dtype.name)
     if kinds[0] != kinds[1]:
         return f"codes of rows and weights of one dtype, not {kinds[0]} and {kinds[1]}"
-    if kinds[0] != "int8":
-        return f"codes of {kinds[0]} have no kernel yet, xla multiplies them"
     if w.offset is not None:
         return "weights in 8 bits without offsets"
     N, K = w.shape

@@ -1,4 +1,4 @@
-"""The Hopper kernel of codes times codes, interpreted: integers against int64 bit for bit, strangers and poison refused."""
+"""The Hopper kernel of codes times codes, interpreted: integers against int64 bit for bit, float8 against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,27 @@ def test_nothing_past_the_last_row_matters(monkeypatch):
     monkeypatch.setattr(mosaic_codes, "rows_of", garbage)
     sums = rows.astype(np.int64) @ codes.astype(np.int64).T
     np.testing.assert_array_equal(run(rows, own, codes, scale), sums.astype(np.float32) * (own * scale))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small e4m3 M5 group64", "small e5m2 M137"])
+def test_float8_agrees_with_its_values_in_float64(name):
+    """And a code that is no number stays in its row."""
+    case = SMALL[name]
+    arrays = dict(jax.jit(case.inputs)(jax.random.key(1)))
+    arrays["x"] = arrays["x"].at[3, 70].set(127)
+    kind, group = jnp.dtype(case.options["kind"]), 192 // arrays["scale"].shape[0]
+    with compat.interpreted():
+        y = np.asarray(jax.jit(case.call("mosaic_gpu"))(arrays))
+
+    def values(codes, scale):
+        held = np.asarray(codes).view(kind).astype(np.float64)
+        return held * np.repeat(np.asarray(scale, np.float64), group, axis=1)
+
+    wanted = values(arrays["x"], arrays["x_scale"]) @ values(arrays["codes"], arrays["scale"].T).T
+    assert np.isnan(y[3]).all()
+    others = np.arange(len(y)) != 3
+    close(y[others], wanted[others], 2e-6)
 
 
 @pytest.mark.slow
