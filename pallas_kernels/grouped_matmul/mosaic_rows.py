@@ -53,14 +53,8 @@ def rows_by_experts(
 
         @pl.when(thread == CONSUMERS)
         def produce():
-            plgpu.set_max_registers(40, action="decrease")
-
-            @pl.loop(0, count)
-            def _(step):
-                stage = lax.rem(step, jnp.int32(stages))
-                done = ready.at[stage]
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
-                depth = pl.ds(step * DEPTH, DEPTH)
+            def fetch(step, stage):
+                done, depth = ready.at[stage], pl.ds(step * DEPTH, DEPTH)
                 for part in range(row_parts):
                     rows = pl.ds(tile * config.rows + part * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(x_ref.at[rows, depth], x_s.at[stage, part], done)
@@ -69,10 +63,7 @@ def rows_by_experts(
                     block = w_ref.at[expert, own, depth] if transposed else w_ref.at[expert, depth, own]
                     plgpu.copy_gmem_to_smem(block, w_s.at[stage, part], done)
 
-            # Nobody leaves while its barriers are still signalled.
-            @pl.loop(jnp.maximum(count - stages, 0), count)
-            def _(step):
-                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
+            mosaic.feed(count, stages, free, fetch)
 
         @pl.when(thread < CONSUMERS)
         def consume():
