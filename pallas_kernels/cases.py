@@ -85,6 +85,15 @@ class Case:
         return both
 
 
+def unread_by_step(names: tuple[str, ...], arrays: Arrays) -> Arrays:
+    """What a decode step over slot pools never reads: idle rows of these inputs, what the slots of fresh rows hold."""
+    idle = arrays["slots"] < 0
+    begun = jax.numpy.where(arrays["fresh"] & ~idle, arrays["slots"], len(arrays["pool"]))
+    found = {name: idle.reshape(-1, *[1] * (arrays[name].ndim - 1)) for name in names}
+    held = jax.numpy.zeros(len(arrays["pool"]), bool).at[begun].set(True, mode="drop")
+    return {**found, "pool": held.reshape(-1, *[1] * (arrays["pool"].ndim - 1))}
+
+
 def cases(op: str | None = None) -> list[Case]:
     """The cases of one op, or of all ops that have kernels."""
     from pallas_kernels.dispatch import IMPLEMENTATIONS

@@ -1,7 +1,7 @@
 """Every difference between the versions of JAX that the kernels run on (0.10.2 to 0.12), and all of ``jax.experimental``.
 
-``pl``, ``plgpu`` (Mosaic GPU), ``pltriton``, ``profiler``, ``topologies`` and ``checkify`` are attributes of this module, imported at
-their first use: no import of the library pays for Pallas where no kernel runs.
+``pl``, ``plgpu`` (Mosaic GPU), ``fragments`` (its layouts), ``pltriton``, ``profiler``, ``topologies`` and ``checkify`` are
+attributes of this module, imported at their first use: no import of the library pays for Pallas where no kernel runs.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ _LAZY = {
     "pltriton": "jax.experimental.pallas.triton",
     "topologies": "jax.experimental.topologies",
     "checkify": "jax.experimental.checkify",
+    "fragments": "jax.experimental.mosaic.gpu.fragmented_array",
     "profiler": "jax.experimental.mosaic.gpu.profiler",
     "callbacks": "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks",
 }

@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     "causal_conv.window": ("xla", "reference"),
     "dynamic_conv": ("mosaic_gpu", "xla", "reference"),
     "gated_delta": ("mosaic_gpu", "xla", "reference"),
+    "gated_delta.step": ("mosaic_gpu", "xla", "reference"),
     "gated_delta.window": ("xla", "reference"),
     "grouped_matmul": ("mosaic_gpu", "xla", "reference"),
     "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),

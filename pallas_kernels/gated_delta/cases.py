@@ -17,7 +17,8 @@ CHUNK = 64
 WIDE_SPILL = 900
 
 
-def _unit(x):
+def unit(x):
+    """``x`` at Euclidean length 1."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
 
 
@@ -33,7 +34,7 @@ def _inputs(
     key: PRNGKeyArray,
 ) -> Arrays:
     draw = jax.random.split(key, 6)
-    q, k = (_unit(jax.random.normal(d, (B, T, H, dk))) for d in draw[:2])
+    q, k = (unit(jax.random.normal(d, (B, T, H, dk))) for d in draw[:2])
     arrays = {
         "q": (q * dk**-0.5).astype(jnp.bfloat16),
         "k": k.astype(jnp.bfloat16),

@@ -22,11 +22,14 @@ def supports(*_args, **_options) -> str | None:
     return None
 
 
-def _one_token(q, k, v, g, beta, state):
-    """Decode: the recurrence itself, with the state read once for both the write and the output."""
-    rows, _, H, dk = q.shape
-    Hv, dv = v.shape[2:]
-    q, k, v, g, beta = (x[:, 0].astype(jnp.float32) for x in (q, k, v, g, beta))
+def one_token(q, k, v, g, beta, state):
+    """Decode: the recurrence itself, of q [B, H, dk], with the state read once for both the write and the output.
+
+    The state before it may be None. Returns o and the state after it, in float32.
+    """
+    rows, H, dk = q.shape
+    Hv, dv = v.shape[1:]
+    q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
     qk = jnp.sum(q * k, axis=-1)
     if state is None:
         state = jnp.zeros((rows, Hv, dk, dv), jnp.float32)
@@ -42,7 +45,7 @@ def _one_token(q, k, v, g, beta, state):
     ends = (Hv, Hv + H * dk)
     decay, k, write = (x.reshape(part.shape) for x, part in zip(jnp.split(held, ends, axis=1), parts))
     S = decay[..., None] * S + k[:, :, None, :, None] * write[..., None, :]
-    return o.reshape(rows, 1, Hv, dv), S.reshape(rows, Hv, dk, dv)
+    return o.reshape(rows, Hv, dv), S.reshape(rows, Hv, dk, dv)
 
 
 def _product(dtype):
@@ -139,8 +142,8 @@ def run(q, k, v, g, beta, *, segment_ids, initial_state, num_segments, open_ends
         q, k, v, g, beta = (jnp.where(live.reshape(rows, T, *[1] * (x.ndim - 2)), x, 0) for x in arrays)
     if T == 1 and n in (None, 1):
         start = None if initial_state is None else initial_state[:, 0]
-        o, state = _one_token(q, k, v, g, beta, start)
-        return o.astype(out_dtype), None if n is None else state[:, None]
+        o, state = one_token(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], start)
+        return o[:, None].astype(out_dtype), None if n is None else state[:, None]
     Q = min(chunk_size, T)
     if initial_state is None:
         initial_state = jnp.zeros((rows, n or 1, Hv, dk, dv), jnp.float32)

@@ -123,8 +123,8 @@ def test_the_prefill_step_lowers(lower, named):
 
 @TARGETS
 def test_the_decode_step_lowers(lower, named):
-    # The convolution of JetBlock and the delta rule have no step; their kernels take rows of more than one token.
-    with dispatch.naming({**named, "dynamic_conv": "xla", "gated_delta": "xla"}):
+    # The convolution of JetBlock has no step; its kernel takes rows of more than one token.
+    with dispatch.naming({**named, "dynamic_conv": "xla"}):
         text = lower(
             _decode_jit("bfloat16"),
             *(abstract_params(CFG), *pools(), 1, 1),
@@ -134,7 +134,8 @@ def test_the_decode_step_lowers(lower, named):
             bound=None,
             k=4,
         )
-    check(text, named, "attention_forward", "ssd_step", "causal_conv_step", "grouped_matmul_rows")
+    steps = ("ssd_step", "gated_delta_step", "causal_conv_step")
+    check(text, named, "attention_forward", *steps, "grouped_matmul_rows")
 
 
 @TARGETS

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.cases import Arrays, Case
+from pallas_kernels.cases import Arrays, Case, unread_by_step
 from pallas_kernels.ssd.step.api import ssd_step
 
 
@@ -30,15 +30,6 @@ def _inputs(rows: int, S: int, H: int, G: int, P: int, N: int, dtype: DTypeLike,
     }
 
 
-def _padding(arrays: Arrays) -> Arrays:
-    """Idle rows, and what the slots of fresh rows hold."""
-    idle = arrays["slots"] < 0
-    begun = jnp.where(arrays["fresh"] & ~idle, arrays["slots"], len(arrays["pool"]))
-    found = {name: idle.reshape(-1, *[1] * (arrays[name].ndim - 1)) for name in ("x", "dt", "B", "C")}
-    held = jnp.zeros(len(arrays["pool"]), bool).at[begun].set(True, mode="drop")
-    return {**found, "pool": held[:, None, None, None]}
-
-
 def case(
     name: str,
     rows: int,
@@ -58,7 +49,7 @@ def case(
         op="ssd.step",
         function=ssd_step,
         inputs=partial(_inputs, rows, S, H, G, P, N, dtype),
-        padding=_padding,
+        padding=partial(unread_by_step, ("x", "dt", "B", "C")),
         flops=5.0 * rows * H * P * N,
         bytes_moved=float(rows * (8 * H * P * N + 2 * size * (H * P + G * N))),
         registers=128 if N <= 128 else 200,

@@ -1,4 +1,6 @@
-"""What the mixers of the delta rule share: unit keys, log decays, the norm of heads."""
+"""What the mixers of the delta rule share: unit keys, log decays, decode, the norm of heads."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.axes import AnyAxis
 from jaxllm.model.layers import normalised, parameter
+from pallas_kernels.gated_delta.step import gated_delta_step
 
 UNIT_EPS = 1e-6
 
@@ -33,6 +36,12 @@ def scan_inputs(
     step = jax.nn.softplus(decay.astype(jnp.float32) + dt_bias.astype(jnp.float32))
     g = -jnp.exp(A_log.astype(jnp.float32)) * step
     return unit(q) * q.shape[-1] ** -0.5, unit(k), v, g, beta.astype(jnp.float32)
+
+
+def scan_step(q: Array, k: Array, v: Array, g: Array, beta: Array, **options: Any) -> tuple[Array, Array]:
+    """:func:`gated_delta_step` as ``Ops.scan_step``."""
+    o, pool = gated_delta_step(*(x[:, 0] for x in (q, k, v, g, beta)), **options)
+    return o[:, None], pool
 
 
 class HeadNorm(nnx.Module):

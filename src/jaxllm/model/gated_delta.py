@@ -9,7 +9,7 @@ from jaxtyping import Array
 from jaxllm.axes import Axis, Concat, Product
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
-from jaxllm.model.delta import HeadNorm, scan_inputs
+from jaxllm.model.delta import HeadNorm, scan_inputs, scan_step
 from jaxllm.model.initial import a_log, centred, dt_bias
 from jaxllm.model.layers import Linear, parameter
 from jaxllm.model.recurrent import Ops, Pass, Recurrent, conv_step
@@ -40,6 +40,7 @@ class GatedDelta(Recurrent):
         conv_scattered=halo.causal_conv,
         scan_scattered=recurrence.gated_delta,
         conv_step=conv_step,
+        scan_step=scan_step,
     )
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jaxllm.axes import Axis, Product
 from jaxllm.config import ModelConfig
 from jaxllm.linear import Context
-from jaxllm.model.delta import HeadNorm, scan_inputs
+from jaxllm.model.delta import HeadNorm, scan_inputs, scan_step
 from jaxllm.model.initial import a_log, dt_bias
 from jaxllm.model.layers import Linear, parameter
 from jaxllm.model.recurrent import Ops, Pass, Recurrent
@@ -63,6 +63,7 @@ class Jet(Recurrent):
         gated_delta_commit,
         conv_scattered=halo.dynamic_conv,
         scan_scattered=recurrence.gated_delta,
+        scan_step=scan_step,
     )
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
