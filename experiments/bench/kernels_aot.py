@@ -84,7 +84,9 @@ def environment(folder: Path, jax: str, python: str, more: Sequence[str] = ()) -
 
 def row(done: Compilation, case: Case) -> dict[str, Any]:
     """One result as plain JSON values."""
-    return {**asdict(done), "stands_for": case.stands_for, "faults": done.faults(case)}
+    kernels = [{**asdict(kernel), "blocks_per_sm": kernel.blocks_per_sm()} for kernel in done.kernels]
+    more = {"kernels": kernels, "stands_for": case.stands_for, "faults": done.faults(case)}
+    return {**asdict(done), **more}
 
 
 def run(pythons: dict[str, Path], op: str | None) -> list[dict[str, Any]]:

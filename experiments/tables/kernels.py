@@ -86,12 +86,14 @@ def kernels_aot(data: dict[str, Any]) -> str:
         if result["error"] is not None:
             found.setdefault((*key, "does not compile", "0"), {})[result["jax"]] = None
         for kernel in result["kernels"]:
+            # JAX before 0.11 calls every kernel that writes in place so.
+            own = kernel["name"] if kernel["name"] != "new_body" else result["op"].replace(".", "_")
             # A program may hold the same kernel twice, for forward and backward.
-            index = seen[kernel["name"]] = seen.get(kernel["name"], -1) + 1
-            found.setdefault((*key, kernel["name"], str(index)), {})[result["jax"]] = kernel
+            index = seen[own] = seen.get(own, -1) + 1
+            found.setdefault((*key, own, str(index)), {})[result["jax"]] = kernel
 
     def each(figures: dict[str, Any], name: str, unit: int = 1) -> str:
-        values = [figures[v] and figures[v][name] for v in versions if v in figures]
+        values = [figures[v] and figures[v].get(name) for v in versions if v in figures]
         return " / ".join("-" if v is None else f"{v / unit:,.0f}" for v in dict.fromkeys(values))
 
     lines = [
@@ -102,13 +104,16 @@ def kernels_aot(data: dict[str, Any]) -> str:
             each(figures, "shared_bytes", 1024),
             each(figures, "wgmma"),
             each(figures, "tma"),
+            each(figures, "threads"),
+            each(figures, "blocks_per_sm"),
         )
         for key, figures in found.items()
     ]
     header = ("op", "case", "through", "kernel", "registers", "bytes spilled", "shared KiB", "WGMMA", "TMA")
+    header += ("threads", "blocks per SM")
     absent = "".join(f" jax {version} was left out: {why}." for version, why in data["missing"].items())
     where = f"{data['target']}; jax {' and '.join(versions)}, two figures where they differ"
-    return f"{markdown(header, lines, right=range(4, 9))}\nCompiled for {where}.{absent}\n"
+    return f"{markdown(header, lines, right=range(4, 11))}\nCompiled for {where}; - where not recorded.{absent}\n"
 
 
 def kernel_ops(data: dict[str, Any]) -> str:

@@ -214,7 +214,8 @@ def main() -> int:
             for kernel in done.kernels:
                 print(
                     f"    {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} B spilled, "
-                    f"{kernel.shared_bytes} B shared, {kernel.wgmma} wgmma, {kernel.tma} TMA"
+                    f"{kernel.shared_bytes} B shared, {kernel.wgmma} wgmma, {kernel.tma} TMA, "
+                    f"{kernel.threads} threads, {kernel.blocks_per_sm()} blocks per SM"
                 )
                 for note in kernel.notes:
                     print(f"      {note}")

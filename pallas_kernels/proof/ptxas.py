@@ -1,5 +1,6 @@
 """What the assembler says of compiled kernels: registers, spills, shared memory, and which instructions stand in them."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 _STATIC = re.compile(r"(\d+) bytes smem")
 _LAUNCH = re.compile(r"dynamic_shared_memory_size %c(\d+)")
 _THUNK = re.compile(r"kCustomKernel \[[^\]]*\] (\S+) .*shared_memory: (\d+) bytes")
+_THREADS = re.compile(r"\.(?:max|req)ntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
 
@@ -28,6 +30,7 @@ class Kernel:
         shared_bytes: static and dynamic.
         wgmma: tensor core instructions in its PTX.
         tma: bulk tensor copies in its PTX.
+        threads: of a block, as its PTX bounds them.
         notes: warnings of the assembler, e.g. that it had to wait for each tensor core instruction, and why a figure
             is None.
     """
@@ -38,7 +41,20 @@ class Kernel:
     shared_bytes: int | None
     wgmma: int | None
     tma: int | None
+    threads: int | None = None
     notes: tuple[str, ...] = ()
+
+    def blocks_per_sm(self) -> int | None:
+        """Blocks that fit a multiprocessor of an H100 or H200 at once; None where a figure is not known.
+
+        Registers go by the warp in units of 256, in each of four quarters; a block's shared memory has 1 KiB of the
+        system's beside it. Source: CUDA C++ Programming Guide, compute capability 9.0.
+        """
+        if self.registers is None or self.shared_bytes is None or self.threads is None:
+            return None
+        warps = -(-self.threads // 32)
+        quarter = 16384 // (-(-self.registers * 32 // 256) * 256)
+        return min(4 * quarter // (-(-warps // 4) * 4), 233472 // (self.shared_bytes + 1024), 64 // warps, 32)
 
 
 def ptxas() -> str | None:
@@ -53,6 +69,7 @@ def _kernel(report: str, ptx: str, dynamic: int | None) -> Kernel:
         raise ValueError(f"no report of ptxas: {report[:200]!r}")
     static = _STATIC.search(report)
     own = int(static[1]) if static else 0
+    bound = _THREADS.search(ptx)
     notes = tuple(
         dict.fromkeys(
             line.split(":", 1)[-1].strip()
@@ -68,6 +85,7 @@ def _kernel(report: str, ptx: str, dynamic: int | None) -> Kernel:
         shared_bytes=own if dynamic is None else dynamic,
         wgmma=ptx.count(_INSTRUCTIONS["wgmma"]),
         tma=ptx.count(_INSTRUCTIONS["tma"]),
+        threads=math.prod(int(n) for n in bound.groups() if n) if bound else None,
         notes=notes,
     )
 
@@ -99,7 +117,9 @@ def triton_kernels(folder: Path, names: set[str]) -> list[Kernel]:
         if file is None:
             # jax 0.11 and later.
             found.append(
-                Kernel(name, None, None, int(shared), None, None, ("XLA dumps no PTX of Triton kernels",))
+                Kernel(
+                    name, None, None, int(shared), None, None, notes=("XLA dumps no PTX of Triton kernels",)
+                )
             )
             continue
         assembler = ptxas()

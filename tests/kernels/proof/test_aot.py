@@ -26,15 +26,31 @@ LOG = "gpu.launch async [%0] threads(%a) dynamic_shared_memory_size %c24592_i32 
 def test_the_report_of_the_assembler_is_read(tmp_path):
     (tmp_path / "forward_0.ptxas").write_text(REPORT)
     (tmp_path / "forward_0.ptx").write_text(
-        "wgmma.mma_async.sync;\nwgmma.mma_async.sync;\ncp.async.bulk.tensor.3d"
+        ".maxntid 384, 1, 1\nwgmma.mma_async.sync;\nwgmma.mma_async.sync;\ncp.async.bulk.tensor.3d"
     )
     (tmp_path / "forward_0.mlir-passes.log").write_text(LOG)
     (kernel,) = mosaic_kernels(tmp_path)
-    assert dataclasses.astuple(kernel)[:6] == ("forward", 168, 20, 24592, 2, 1)
+    assert dataclasses.astuple(kernel)[:7] == ("forward", 168, 20, 24592, 2, 1, 384)
     assert "serialized" in kernel.notes[0]
     (tmp_path / "forward_0.ptxas").write_text("nothing")
     with pytest.raises(ValueError, match="no report"):
         mosaic_kernels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "registers, shared, threads, blocks",
+    [
+        (168, 1024, 384, 1),  # registers: 12 of the 12 warps that fit
+        (255, 1024, 128, 2),  # registers: two warps in each quarter
+        (26, 0, 128, 16),  # threads, of which 2,048 fit
+        (32, 0, 32, 16),  # a lone warp takes the registers of four
+        (32, 100 * 1024, 128, 2),  # shared memory
+        (32, 114 * 1024, 128, 1),  # and 1 KiB more for the system
+        (32, None, 128, None),
+    ],
+)
+def test_blocks_of_a_multiprocessor(registers, shared, threads, blocks):
+    assert Kernel("a", registers, 0, shared, 0, 0, threads).blocks_per_sm() == blocks
 
 
 def test_a_triton_kernel_without_ptx_has_no_figures_but_a_reason(tmp_path):
@@ -62,16 +78,26 @@ def test_what_counts_as_a_regression():
 
 def test_the_table_shows_two_figures_where_versions_differ():
     def result(jax, registers, error=None):
-        kernels = (Kernel("forward", registers, 0, 2048, 4, 2),) if error is None else ()
+        kernels = (Kernel("forward", registers, 0, 2048, 4, 2, 128),) if error is None else ()
         done = Compilation("attention", "8B", "mosaic_gpu", jax, error, kernels=kernels)
         return kernels_aot.row(done, scaled.CASES[0])
 
     data = {"target": "sm_90a", "missing": {"0.12.0": "no Python 3.13 here"}}
     text = tables.kernels_aot({**data, "results": [result("0.10.2", 168), result("0.11.2", 160)]})
-    assert "| attention | 8B | mosaic_gpu | forward | 168 / 160 | 0 | 2 | 4 | 2 |" in text
+    assert "| attention | 8B | mosaic_gpu | forward | 168 / 160 | 0 | 2 | 4 | 2 | 128 | 3 |" in text
     assert "jax 0.12.0 was left out: no Python 3.13 here." in text
     text = tables.kernels_aot({**data, "results": [result("0.10.2", 1, "boom")]})
     assert "does not compile" in text
+
+
+def test_a_kernel_in_place_has_one_line_whatever_jax_calls_it():
+    def result(jax, name):
+        done = Compilation("ssd.step", "8B", "mosaic_gpu", jax, kernels=(Kernel(name, 109, 0, 0, 0, 0),))
+        return kernels_aot.row(done, scaled.CASES[0])
+
+    results = [result("0.10.2", "new_body"), result("0.11.2", "ssd_step")]
+    text = tables.kernels_aot({"target": "sm_90a", "missing": {}, "results": results})
+    assert "| ssd.step | 8B | mosaic_gpu | ssd_step | 109 |" in text and "new_body" not in text
 
 
 def test_an_absent_python_is_said(monkeypatch, tmp_path, capsys):
