@@ -19,6 +19,20 @@ def require_shape(
         raise ValueError(f"{name}.shape={array.shape}: expected {shape} [{letters}]")
 
 
+def require_floats(**arrays: Shaped[Array, "..."]) -> None:
+    """Raise unless every array has a floating dtype."""
+    for name, array in arrays.items():
+        given = jnp.dtype(array.dtype)
+        require(jnp.issubdtype(given, jnp.floating), f"{name}.dtype", given.name, "a floating dtype")
+
+
+def require_integers(**arrays: Shaped[Array, "..."]) -> None:
+    """Raise unless every array has an integer dtype."""
+    for name, array in arrays.items():
+        given = jnp.dtype(array.dtype)
+        require(jnp.issubdtype(given, jnp.integer), f"{name}.dtype", given.name, "an integer dtype")
+
+
 def require_operand_dtype(operand_dtype: DTypeLike | None) -> None:
     """Raise unless ``operand_dtype`` is None or a float of at least 16 bits."""
     if operand_dtype is not None:

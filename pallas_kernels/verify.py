@@ -1,7 +1,9 @@
 """``python -m pallas_kernels.verify``: are the kernels right on this GPU? Then ``auto`` takes them from now on.
 
-Every case of every op that has a kernel for this device is run there: values and gradients against the oracle, with
-poisoned padding, and a second time for the same bits. What passes is written to a record (``pallas_kernels.records``).
+Cases of every op that has a kernel for this device are run there: values and gradients against the oracle, with poisoned
+padding, and a second time for the same bits. These are the small ones and of each kernel the largest, with gradients and
+without, which is meant to take under three minutes (no GPU has timed it yet); ``--all`` runs every shape of the presets.
+What passes is written to a record (``pallas_kernels.records``).
 Exit codes: 0 all passed, 1 something failed, 2 there is nothing to verify on this device.
 """
 
@@ -20,10 +22,22 @@ from pallas_kernels.target import Target, target
 _EXAMPLE = Target("cuda", "NVIDIA H200", (9, 0))
 
 
-def plan(device: Target, op: str | None = None) -> list[tuple[Case, str]]:
-    """Every case and implementation that fits the device."""
-    return [
+def plan(device: Target, op: str | None = None, everything: bool = True) -> list[tuple[Case, str]]:
+    """Cases and implementations that fit the device: all of them, or the small ones and the largest of each kernel."""
+    fitting = [
         (case, name) for case in cases(op) for name in case.implementations if unfit(name, device) is None
+    ]
+    if everything:
+        return fitting
+    largest: dict[tuple[str, str, bool], Case] = {}
+    for case, name in fitting:
+        key = case.op, name, bool(case.gradients)
+        if key not in largest or (case.flops or 0) > (largest[key].flops or 0):
+            largest[key] = case
+    return [
+        (case, name)
+        for case, name in fitting
+        if case.small or largest[case.op, name, bool(case.gradients)] is case
     ]
 
 
@@ -68,12 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--op", help="one op; all by default")
     parser.add_argument("--folder", type=Path, help="where the record goes; by default the user's cache")
+    parser.add_argument("--all", action="store_true", help="every case, however long that takes")
     options = parser.parse_args(argv)
     device = target()
-    work = plan(device, options.op)
+    work = plan(device, options.op, options.all)
     if not work:
         print(f"Nothing to verify on this device ({device.kind}): no kernel is made for it.")
-        there = plan(_EXAMPLE, options.op)
+        there = plan(_EXAMPLE, options.op, options.all)
         if there:
             print(f"On an {_EXAMPLE.kind} this command would run {len(there)} cases:")
             for case, implementation in there:

@@ -7,7 +7,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_operand_dtype, require_shape
+from pallas_kernels.arguments import (
+    require,
+    require_floats,
+    require_integers,
+    require_operand_dtype,
+    require_shape,
+)
 from pallas_kernels.attention.mask import Marks
 from pallas_kernels.attention.options import Options
 
@@ -51,6 +57,14 @@ def _checked(
     require_shape("kv_positions", kv_positions, (B, S), "B, S")
     require_shape("kv_segment_ids", kv_segment_ids, (B, S), "B, S")
     require_shape("mask", mask, (B, T, S), "B, T, S")
+    require_floats(q=q, k=k, v=v)
+    require_integers(
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+    )
+    require(mask is None or mask.dtype == bool, "mask.dtype", getattr(mask, "dtype", None), "bool")
     require(window is None or window >= 1, "window", window, "None or at least 1")
     require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
     require_operand_dtype(operand_dtype)

@@ -64,9 +64,10 @@ def case(
     *,
     S: int | None = None,
     gradients: tuple[str, ...] = (),
+    lse: bool = True,
     **more: Any,
 ) -> Case:
-    """A case of packed rows; FLOPs count the visible pairs of each document."""
+    """A case of packed rows, with the log-sum-exp or without; FLOPs count the visible pairs of each document."""
     rows = S or T
     pairs = B * sum(n * (n + 1) // 2 for n in documents)
     if S is not None:
@@ -77,7 +78,7 @@ def case(
     return Case(
         name=name,
         op="attention",
-        function=_both,
+        function=_both if lse else attention,
         inputs=inputs,
         gradients=gradients,
         oracle_options={"operand_dtype": jnp.float32},
@@ -185,6 +186,20 @@ CASES = [
     case("8B chunk 2k of 16k d128", 1, 2048, 32, 8, 128, (16384,), S=16384, oracle="xla"),
     case("8B ragged 4k d128", 1, 4008, 32, 8, 128, (4001,), gradients=GRADIENTS, oracle="xla"),
     case("8B train 4k d128", 2, 4096, 32, 8, 128, (4096,), gradients=GRADIENTS, oracle="xla"),
+    # Theirs has no log-sum-exp.
+    case(
+        "8B packed 4k d128 through cuDNN",
+        2,
+        4096,
+        32,
+        8,
+        128,
+        (2048, 1024, 512, 500),
+        gradients=GRADIENTS,
+        lse=False,
+        oracle="xla",
+        implementations=("cudnn",),
+    ),
     case(
         "wide 4k d256 soft cap",
         1,

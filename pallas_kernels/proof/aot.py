@@ -186,6 +186,8 @@ def jobs(op: str | None = None, text: str = "") -> list[Job]:
         for case in cases(op)
         if text in case.name
         for implementation in case.implementations
+        # What it runs is NVIDIA's, and compiled by them.
+        if implementation != "cudnn"
     ]
 
 

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require, require_floats, require_integers, require_shape
 
 
 def page_scores(
@@ -46,6 +46,8 @@ def page_scores(
     require(table.ndim == 3 and table.shape[2] >= 1, "table.shape", table.shape, f"[{B}, {K}, n]")
     require_shape("table", table, (B, K, table.shape[2]), "B, K, n")
     require_shape("num_pages", num_pages, (B, K), "B, K")
+    require_floats(q=q, page_min=page_min, page_max=page_max)
+    require_integers(table=table, num_pages=num_pages)
     require(reduce in ("max", "none"), "reduce", reduce, "'max' or 'none'")
     options = {"table": table, "num_pages": num_pages, "reduce": reduce}
     module = dispatch.choose("paged_attention.page_scores", implementation, q, page_min, page_max, **options)

@@ -34,6 +34,18 @@ def test_verify_records_what_passes_and_takes_back_what_fails(tiny, monkeypatch,
     assert set(json.loads(next(tiny.iterdir()).read_text())["passed"]["scaled"]) == {"triton"}
 
 
+def test_a_plan_in_three_minutes_leaves_no_kernel_out(monkeypatch):
+    monkeypatch.setattr(compat, "cudnn_version", lambda: 91_000)
+    device = verify._EXAMPLE
+    short, whole = (verify.plan(device, everything=everything) for everything in (False, True))
+    named = {(case.op, name, bool(case.gradients)) for case, name in whole}
+    assert {(case.op, name, bool(case.gradients)) for case, name in short} == named
+    # cuDNN takes its pass from here too.
+    assert ("attention", "cudnn", True) in named
+    assert len(short) < 0.75 * len(whole) and {id(c) for c, _ in short} <= {id(c) for c, _ in whole}
+    assert all((case, name) in short for case, name in whole if case.small)
+
+
 def test_the_tuner_times_only_what_is_right_and_kernels_read_its_file(tiny, monkeypatch, capsys):
     times = iter([3.0, 2.0])
     monkeypatch.setattr(tune, "seconds", lambda *_: next(times))
