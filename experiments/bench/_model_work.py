@@ -61,6 +61,9 @@ class Row:
             op: "mosaic_gpu" if self.ours and "mosaic_gpu" in names else "xla"
             for op, names in IMPLEMENTATIONS.items()
         }
+        if self.kind == "decode":
+            # Its kernel takes no single tokens, and it has no step.
+            named["dynamic_conv"] = "xla"
         return named | {"attention": self.attention}
 
 
