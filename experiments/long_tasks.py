@@ -145,23 +145,27 @@ def recall_pieces(rng: np.random.Generator, length: int) -> list[Piece]:
     return scattered(rng, "train", lines, length)
 
 
-def _digits(rng: np.random.Generator) -> dict[str, int]:
-    return {key: int(digit) for key, digit in zip(CAPITALS, rng.integers(0, 10, len(CAPITALS)))}
+def _digits(rng: np.random.Generator, count: int = len(CAPITALS)) -> dict[str, int]:
+    return {key: int(digit) for key, digit in zip(CAPITALS, rng.integers(0, 10, count))}
 
 
 def _told(rng: np.random.Generator, digits: dict[str, int]) -> list[list[Piece]]:
-    return [_fact(key, str(digits[key])) for key in rng.permutation(list(CAPITALS)).tolist()]
+    return [_fact(key, str(digits[key])) for key in rng.permutation(list(digits)).tolist()]
 
 
-def trace(digits: dict[str, int], steps: int) -> str:
-    """The running sum modulo 10 over the letters in order, round after round."""
-    lines, total = [], 0
+def trace(digits: dict[str, int], steps: int) -> list[Piece]:
+    """The running sum modulo 10 over the letters in order, round after round.
+
+    Answers are the digits looked up and the sums; in the rest, which its form tells, they would drown.
+    """
+    pieces, total = [], 0
     for step in range(steps):
-        key = CAPITALS[step % len(CAPITALS)]
+        key = CAPITALS[step % len(digits)]
         after = (total + digits[key]) % 10
-        lines.append(f"@{key}{digits[key]}+{total}={after}\n")
+        pieces += [Piece(f"@{key}", "text"), Piece(str(digits[key]), "answer"), Piece(f"+{total}=", "text")]
+        pieces += [Piece(str(after), "answer"), Piece("\n", "text")]
         total = after
-    return "".join(lines)
+    return pieces
 
 
 def arithmetic_sample(rng: np.random.Generator, length: int) -> Sample:
@@ -172,22 +176,28 @@ def arithmetic_sample(rng: np.random.Generator, length: int) -> Sample:
     """
     digits = _digits(rng)
     context = _joined(scattered(rng, "validation", _told(rng, digits), length))
-    answer = trace(digits, TRACE * length // STEP).removesuffix("\n")
+    answer = _joined(trace(digits, TRACE * length // STEP)).removesuffix("\n")
     return Sample(context, QUESTION, answer, answer[-1])
 
 
 def arithmetic_pieces(rng: np.random.Generator, length: int) -> list[Piece]:
     """A context and as much of its trace as there is room for."""
-    digits = _digits(rng)
-    least = FACT * len(CAPITALS)
+    # At most half of it are facts.
+    most = min(len(CAPITALS), (length - len(QUESTION) - STEP) // (2 * FACT))
+    if most < 2:
+        raise ValueError(f"length: got {length}, which leaves no room for a trace; give at least 32")
+    # Few letters come again after few steps, and what stood behind them the last time is the nearest to learn from.
+    digits = _digits(rng, int(np.exp(rng.uniform(np.log(2), np.log(most + 1)))))
+    least = FACT * len(digits)
     context = scattered(
         rng, "train", _told(rng, digits), int(rng.integers(least, max(least, length // 3) + 1))
     )
     room = length - sum(len(piece.text) for piece in context) - len(QUESTION)
-    if room < STEP:
-        raise ValueError(f"length: got {length}, which leaves no room for a trace; give at least 128")
-    steps = trace(digits, -(-room // STEP))[:room]
-    return [*context, Piece(QUESTION, "given"), Piece(steps, "answer")]
+    pieces = [*context, Piece(QUESTION, "given")]
+    for piece in trace(digits, -(-room // STEP)):
+        pieces.append(Piece(piece.text[:room], piece.kind))
+        room -= len(pieces[-1].text)
+    return [piece for piece in pieces if piece.text]
 
 
 TASKS: dict[str, Callable[[np.random.Generator, int], Sample]] = {

@@ -74,15 +74,20 @@ def test_arithmetic_traces_add_up():
 
 def test_arithmetic_documents_hold_a_trace_of_their_own_digits():
     pieces = PIECES["arithmetic"](np.random.default_rng(1), 700)
-    context = "".join(piece.text for piece in pieces[:-2])
+    asked = next(n for n, piece in enumerate(pieces) if piece.text == long_tasks.QUESTION)
+    assert pieces[asked].kind == "given"
+    context, told = ("".join(piece.text for piece in part) for part in (pieces[:asked], pieces[asked + 1 :]))
     digits = {key: int(digit) for key, digit in re.findall(r"^@([A-Z])(\d)$", context, re.MULTILINE)}
-    assert pieces[-2].text == long_tasks.QUESTION
-    assert long_tasks.trace(digits, 100).startswith(pieces[-1].text)
-    assert (pieces[-2].kind, pieces[-1].kind) == ("given", "answer")
+    digits = dict(sorted(digits.items()))
+    assert list(digits) == list(CAPITALS[: len(digits)])
+    assert "".join(piece.text for piece in long_tasks.trace(digits, 100)).startswith(told)
+    assert len(context) + len(long_tasks.QUESTION) + len(told) == 700
+    worked = re.findall(r"(?<=[A-Z=])\d", told)
+    assert [piece.text for piece in pieces if piece.kind == "answer"] == worked != []
 
 
 def test_too_short_is_refused():
     with pytest.raises(ValueError, match="length"):
         TASKS["arithmetic"](np.random.default_rng(0), 100)
     with pytest.raises(ValueError, match="length"):
-        document(np.random.default_rng(0), "arithmetic", 110)
+        document(np.random.default_rng(0), "arithmetic", 28)
