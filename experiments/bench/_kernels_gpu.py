@@ -1,16 +1,22 @@
 """The cases of every op on a GPU: time, share of the bound measured in the same run, and peers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.bench._kernels_peers import peers
-from pallas_kernels import compat, dispatch
+from jaxllm.cli import machine
+from pallas_kernels import dispatch
 from pallas_kernels.cases import Case
 from pallas_kernels.target import target
 from pallas_kernels.timing import seconds
+
+
+class NothingFits(Exception):
+    """There is nothing to measure on this device."""
 
 
 def bounds(repeats: int, size: int = 8192, megabytes: int = 2048) -> dict[str, float]:
@@ -58,11 +64,24 @@ def measure(case: Case, implementation: str, reached: dict[str, float], repeats:
     }
 
 
-def run(cases: list[Case], repeats: int, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run(
+    cases: list[Case],
+    repeats: int,
+    show: Callable[[dict[str, Any]], None],
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+    before: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Every case that fits this device.
 
+    Args:
+        cases: to measure.
+        repeats: timed calls of each.
+        show: takes every row as it comes.
+        keep: takes the report after every row, for a run that ends early.
+        before: rows of an earlier report; those of other ops stay.
+
     Raises:
-        RuntimeError: none does.
+        NothingFits: no case does.
     """
     device = target()
     work = [
@@ -72,10 +91,38 @@ def run(cases: list[Case], repeats: int, show: Callable[[dict[str, Any]], None])
         if dispatch.unfit(name, device) is None
     ]
     if not work:
-        raise RuntimeError(f"no kernel is made for this device ({device.kind})")
+        raise NothingFits(f"no kernel is made for this device ({device.kind})")
     reached = bounds(repeats)
-    results = []
+    ops = {case.op for case in cases}
+    rows = [row for row in before or [] if row["op"] not in ops]
+    report = {"versions": machine.versions(), "device": device.kind, "bounds": reached, "results": rows}
     for case, name in work:
-        results.append(measure(case, name, reached, repeats))
-        show(results[-1])
-    return {"device": device.kind, "jax": compat.JAX, "bounds": reached, "results": results}
+        try:
+            row = measure(case, name, reached, repeats)
+        except Exception as error:  # a kernel that fails is a row with its reason, and others follow
+            row = {"op": case.op, "case": case.name, "implementation": name}
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        rows.append(row | {"bounds": reached})
+        show(rows[-1])
+        keep(report)
+    return report
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Share of the bound of every case."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row.get("bound_share") is not None]
+    figure = Figure(figsize=(9, 1 + 0.22 * max(1, len(shown))), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.barh(
+        [f"{row['op']}: {row['case']} ({row['implementation']})" for row in shown],
+        [100 * row["bound_share"] for row in shown],
+        color="#2c5f9e",
+    )
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("% of the bound measured in the same run")
+    figure.savefig(path)

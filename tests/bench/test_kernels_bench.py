@@ -1,6 +1,7 @@
 """The kernel benchmark: its GPU path on interpreted kernels, and what it says where there is nothing to measure."""
 
 import dataclasses
+import json
 
 import jax
 import pytest
@@ -33,6 +34,27 @@ def test_cases_are_timed_beside_their_peers(monkeypatch):
     assert shown == [result] and result["implementation"] == "triton"
     assert result["seconds"] > 0 and result["peers"]["xla"] > 0
     assert result["bound_share"] == pytest.approx(2e-3 / result["seconds"])
+
+
+def test_a_kernel_that_fails_is_a_row_and_other_ops_keep_theirs(monkeypatch, tmp_path, capsys):
+    """A machine is lent for minutes: what ran is written at once, and a part of it can be measured again."""
+    broken = dataclasses.replace(CASE, name="broken", function=lambda **_: 1 / 0)
+    monkeypatch.setattr(_kernels_gpu, "bounds", lambda repeats: {"flops_per_s": 1e9, "bytes_per_s": 1e9})
+    monkeypatch.setattr(kernels, "kernel_cases", lambda op: [broken, CASE])
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path)
+    file = tmp_path / "kernels_gpu.json"
+    old = [{"op": "other", "case": "kept"}, {"op": CASE.op, "case": "replaced"}]
+    file.write_text(json.dumps({"results": old}))
+    seen = []
+    monkeypatch.setattr(_kernels_gpu, "peers", lambda case: seen.append(json.loads(file.read_text())) or {})
+    with compat.interpreted():
+        assert kernels.main(["--device", "gpu", "--op", CASE.op, "--out"]) == 1
+    results = json.loads(file.read_text())["results"]
+    assert [row["case"] for row in results] == ["kept", "broken", CASE.name]
+    assert results[1]["error"].startswith("ZeroDivisionError") and results[2]["seconds"] > 0
+    assert [row["case"] for row in seen[-1]["results"]] == ["kept", "broken"]
+    assert "broken | failed: ZeroDivisionError" in capsys.readouterr().out
+    assert (tmp_path / "kernels_gpu.png").stat().st_size > 1000
 
 
 def test_a_peer_that_cannot_run_says_why():
