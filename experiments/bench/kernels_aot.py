@@ -27,6 +27,8 @@ OUT = Path(__file__).parents[1] / "results" / "kernels_aot.json"
 # The last JAX for Python 3.11, and one whose interpreter sees races.
 VERSIONS = {"0.10.2": "3.11", "0.11.2": "3.12"}
 
+TOOLS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-nvdisasm")
+
 
 class Missing(RuntimeError):
     """No environment for a version of JAX, and why."""
@@ -66,7 +68,7 @@ def environment(folder: Path, jax: str, python: str, more: Sequence[str] = ()) -
     have = set(done.read_text(encoding="utf-8").split()) if done.is_file() else None
     if have is None:
         subprocess.run([*interpreter(python), "-m", "venv", "--clear", str(home)], check=True)
-        plugin = [f"jax-cuda13-plugin=={jax}", f"jax-cuda13-pjrt=={jax}", "nvidia-cuda-nvcc", "nvidia-nvvm"]
+        plugin = [f"jax-cuda13-plugin=={jax}", f"jax-cuda13-pjrt=={jax}", *TOOLS]
         wanted += [[f"jax=={jax}", "numpy", "jaxtyping", "absl-py"], ["--no-deps", *plugin]]
     elif have >= set(more):
         return own

@@ -96,24 +96,34 @@ def kernels_aot(data: dict[str, Any]) -> str:
         values = [figures[v] and figures[v].get(name) for v in versions if v in figures]
         return " / ".join("-" if v is None else f"{v / unit:,.0f}" for v in dict.fromkeys(values))
 
+    def turn(figures: dict[str, Any], name: str) -> str:
+        loops = [(figures[v] or {}).get("loops") for v in versions if v in figures]
+        return " / ".join(dict.fromkeys("-" if found is None else str(found[name]) for found in loops))
+
+    def tiles(figures: dict[str, Any]) -> str:
+        sizes = [(figures[v] or {}).get("tile_bytes") for v in versions if v in figures]
+        shown = (", ".join(f"{size:,}" for size in found) if found else "-" for found in sizes)
+        return " / ".join(dict.fromkeys(shown))
+
     lines = [
         (
             *key[:4],
             each(figures, "registers"),
             each(figures, "spill_bytes"),
             each(figures, "shared_bytes", 1024),
-            each(figures, "wgmma"),
-            each(figures, "tma"),
+            *(turn(figures, name) for name in ("wgmma", "tma", "spills")),
             each(figures, "threads"),
             each(figures, "blocks_per_sm"),
+            tiles(figures),
         )
         for key, figures in found.items()
     ]
-    header = ("op", "case", "through", "kernel", "registers", "bytes spilled", "shared KiB", "WGMMA", "TMA")
-    header += ("threads", "blocks per SM")
+    header = ("op", "case", "through", "kernel", "registers", "bytes spilled", "shared KiB")
+    header += ("WGMMA", "TMA", "spills", "threads", "blocks per SM", "tiles, bytes")
     absent = "".join(f" jax {version} was left out: {why}." for version, why in data["missing"].items())
     where = f"{data['target']}; jax {' and '.join(versions)}, two figures where they differ"
-    return f"{markdown(header, lines, right=range(4, 11))}\nCompiled for {where}; - where not recorded.{absent}\n"
+    turns = "WGMMA, TMA and spills are those of one turn of the innermost loops that hold the first two, in machine code"
+    return f"{markdown(header, lines, right=range(4, 12))}\nCompiled for {where}; {turns}; - where not recorded.{absent}\n"
 
 
 def kernel_ops(data: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """L2: cases compiled to sm_90a binaries on a machine without a GPU, each in a process that may crash.
 
 ``python -m pallas_kernels.proof.aot [--op OP] [--case TEXT]`` prints one line per case and implementation; it needs the
-extra ``aot`` (the CUDA plugin of the same version as jax, and ptxas).
+extra ``aot`` (the CUDA plugin of the same version as jax, ptxas, and nvdisasm for what stands in the loops).
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 
 from pallas_kernels.cases import Case, cases
 from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
+from pallas_kernels.proof.sass import Loops, nvdisasm
 
 ROOT = Path(__file__).parents[2]
 _ANSWER = "compiled: "
@@ -112,8 +113,15 @@ def _in_a_process(job: Job, python: str) -> Compilation:
     answer = json.loads(lines[0].removeprefix(_ANSWER))
     if "cannot" in answer:
         raise RuntimeError(answer["cannot"])
-    kernels = tuple(Kernel(**{**k, "notes": tuple(k["notes"])}) for k in answer.pop("kernels"))
+    kernels = tuple(_kernel(k) for k in answer.pop("kernels"))
     return Compilation(**answer, kernels=kernels)
+
+
+def _kernel(values: dict[str, Any]) -> Kernel:
+    """A kernel that came as JSON."""
+    loops = values["loops"] and Loops(**values["loops"])
+    more = {name: tuple(values[name]) for name in ("notes", "tile_bytes")}
+    return Kernel(**{**values, **more, "loops": loops})
 
 
 def _mesh() -> Any:
@@ -134,6 +142,8 @@ def _compile(case: Any, implementation: str, mesh: Any) -> Compilation:
     found = Compilation(case.op, case.name, implementation, compat.JAX)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        if nvdisasm() is not None:
+            os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
         everywhere = jax.NamedSharding(mesh, jax.P())
         avals = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
@@ -154,7 +164,8 @@ def _compile(case: Any, implementation: str, mesh: Any) -> Compilation:
         except Exception as error:
             return replace(found, error=f"{type(error).__name__}: {error}".strip()[:600])
         finally:
-            os.environ.pop("MOSAIC_GPU_DUMP_TO", None)
+            for name in ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_SASS"):
+                os.environ.pop(name, None)
     return replace(
         found,
         seconds=round(time.perf_counter() - start, 2),
@@ -219,6 +230,11 @@ def main() -> int:
                     f"{kernel.shared_bytes} B shared, {kernel.wgmma} wgmma, {kernel.tma} TMA, "
                     f"{kernel.threads} threads, {kernel.blocks_per_sm()} blocks per SM"
                 )
+                if kernel.loops is not None:
+                    print(
+                        f"      a turn of its loops: {kernel.loops.wgmma} wgmma, {kernel.loops.tma} TMA, "
+                        f"{kernel.loops.spills} spills; tiles of {', '.join(map(str, kernel.tile_bytes))} B"
+                    )
                 for note in kernel.notes:
                     print(f"      {note}")
             for fault in faults:

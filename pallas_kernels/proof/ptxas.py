@@ -1,4 +1,4 @@
-"""What the assembler says of compiled kernels: registers, spills, shared memory, and which instructions stand in them."""
+"""What is known of a compiled kernel: the assembler's registers, spills and shared memory, its copies and its loops."""
 
 import math
 import re
@@ -8,6 +8,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from pallas_kernels.proof.sass import Loops, loops
+
 _FUNCTION = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -16,6 +18,12 @@ _LAUNCH = re.compile(r"dynamic_shared_memory_size %c(\d+)")
 _THUNK = re.compile(r"kCustomKernel \[[^\]]*\] (\S+) .*shared_memory: (\d+) bytes")
 _THREADS = re.compile(r"\.(?:max|req)ntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
+_EXPECTED = re.compile(r"(@!?%p\d+\s+)?mbarrier\.arrive\.expect_tx\S* [^,]+,\s*\[[^\]]+\],\s*(%r\d+|\d+);")
+_CONSTANT = re.compile(r"mov\.[bu]32\s+(%r\d+), (\d+);")
+# What XLA calls nvdisasm's listing, which it writes where it finds nvdisasm.
+_LISTINGS = (".sass_ctrl", ".sass")
+# Each thread of a warpgroup announces its share of a copy.
+_WARPGROUP = 128
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
 
 
@@ -31,6 +39,8 @@ class Kernel:
         wgmma: tensor core instructions in its PTX.
         tma: bulk tensor copies in its PTX.
         threads: of a block, as its PTX bounds them.
+        tile_bytes: sizes of the tiles that are copied into shared memory and waited for, each once, the largest first.
+        loops: what stands in the loops of its machine code; None where nothing disassembles it.
         notes: warnings of the assembler, e.g. that it had to wait for each tensor core instruction, and why a figure
             is None.
     """
@@ -42,6 +52,8 @@ class Kernel:
     wgmma: int | None
     tma: int | None
     threads: int | None = None
+    tile_bytes: tuple[int, ...] = ()
+    loops: Loops | None = None
     notes: tuple[str, ...] = ()
 
     def blocks_per_sm(self) -> int | None:
@@ -63,7 +75,17 @@ def ptxas() -> str | None:
     return str(packaged) if packaged.is_file() else shutil.which("ptxas")
 
 
-def _kernel(report: str, ptx: str, dynamic: int | None) -> Kernel:
+def _tile_bytes(ptx: str) -> tuple[int, ...]:
+    constants = {name: int(value) for name, value in _CONSTANT.findall(ptx)}
+    found = set()
+    for predicate, size in _EXPECTED.findall(ptx):
+        value = int(size) if size.isdigit() else constants.get(size)
+        if value:
+            found.add(value if predicate else value * _WARPGROUP)
+    return tuple(sorted(found, reverse=True))
+
+
+def _kernel(report: str, ptx: str, dynamic: int | None, listing: str | None = None) -> Kernel:
     function, spills, registers = (p.search(report) for p in (_FUNCTION, _SPILLS, _REGISTERS))
     if function is None or spills is None or registers is None:
         raise ValueError(f"no report of ptxas: {report[:200]!r}")
@@ -86,6 +108,8 @@ def _kernel(report: str, ptx: str, dynamic: int | None) -> Kernel:
         wgmma=ptx.count(_INSTRUCTIONS["wgmma"]),
         tma=ptx.count(_INSTRUCTIONS["tma"]),
         threads=math.prod(int(n) for n in bound.groups() if n) if bound else None,
+        tile_bytes=_tile_bytes(ptx),
+        loops=None if listing is None else loops(listing),
         notes=notes,
     )
 
@@ -97,7 +121,17 @@ def mosaic_kernels(folder: Path) -> list[Kernel]:
         log = report.with_suffix(".mlir-passes.log")
         dynamic = _LAUNCH.search(log.read_text(errors="replace")) if log.is_file() else None
         ptx = report.with_suffix(".ptx").read_text(errors="replace")
-        found.append(_kernel(report.read_text(errors="replace"), ptx, int(dynamic[1]) if dynamic else None))
+        listing = next(
+            (report.with_suffix(end) for end in _LISTINGS if report.with_suffix(end).is_file()), None
+        )
+        found.append(
+            _kernel(
+                report.read_text(errors="replace"),
+                ptx,
+                int(dynamic[1]) if dynamic else None,
+                listing.read_text(errors="replace") if listing else None,
+            )
+        )
     return found
 
 

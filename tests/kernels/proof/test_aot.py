@@ -11,6 +11,7 @@ from experiments.bench import kernels_aot
 from experiments.tables import kernels as tables
 from pallas_kernels.proof.aot import Compilation, Job, compile_jobs
 from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
+from pallas_kernels.proof.sass import Loops, loops
 from tests.kernels.proof import scaled
 
 REPORT = """ptxas info    : 0 bytes gmem
@@ -20,18 +21,55 @@ ptxas info    : Function properties for forward_mosaic_gpu_kernel
     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 168 registers, used 2 barriers, 1 bytes smem
 """
+# A loop within a loop, whose wait is spun on out of line, and a loop of another warp.
+LISTING = """
+        /*0000*/   LDC R1, c[0x0][0x28] ;
+        /*0010*/   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR28], RZ, !UPT ;
+        /*0020*/   @P0 BRA `(.L_x_9) ;
+.L_x_1:
+        /*0030*/   STL [R1], R2 ;
+.L_x_2:
+        /*0040*/   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR6], R2 ;
+        /*0050*/   @!P1 BRA `(.L_x_7) ;
+.L_x_3:
+        /*0060*/   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR28], R24 ;
+        /*0070*/   LDL R3, [R1] ;
+        /*0080*/   IGMMA.64x128x32.S8.S8 R24, gdesc[UR28], R24 ;
+        /*0090*/   @P2 BRA `(.L_x_2) ;
+        /*00a0*/   BRA.U UP3, `(.L_x_1) ;
+        /*00b0*/   EXIT ;
+.L_x_9:
+        /*00c0*/   @UP0 UTMALDG.2D [UR24], [UR28] ;
+        /*00d0*/   @P2 BRA `(.L_x_9) ;
+        /*00e0*/   UTMASTG.2D [UR24], [UR28] ;
+        /*00f0*/   EXIT ;
+.L_x_7:
+        /*0100*/   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR6], R2 ;
+        /*0110*/   @!P1 BRA `(.L_x_7) ;
+        /*0120*/   BRA `(.L_x_3) ;
+.L_x_8:
+        /*0130*/   BRA `(.L_x_8) ;
+"""
 LOG = "gpu.launch async [%0] threads(%a) dynamic_shared_memory_size %c24592_i32 {"
 
 
 def test_the_report_of_the_assembler_is_read(tmp_path):
     (tmp_path / "forward_0.ptxas").write_text(REPORT)
     (tmp_path / "forward_0.ptx").write_text(
-        ".maxntid 384, 1, 1\nwgmma.mma_async.sync;\nwgmma.mma_async.sync;\ncp.async.bulk.tensor.3d"
+        ".maxntid 384, 1, 1\nwgmma.mma_async.sync;\nwgmma.mma_async.sync;\ncp.async.bulk.tensor.3d\n"
+        "mov.b32 \t%r66, 64;\nmbarrier.arrive.expect_tx.shared.b64 %rd22, [%rd20+155648], %r66;\n"
+        "@%p4 mbarrier.arrive.expect_tx.shared.b64 _, [%rd20], 512;\n"
+        "mov.b32 \t%r7, 64;\nmbarrier.arrive.expect_tx.shared.b64 %rd3, [%rd20+155648], %r7;\n"
     )
     (tmp_path / "forward_0.mlir-passes.log").write_text(LOG)
     (kernel,) = mosaic_kernels(tmp_path)
     assert dataclasses.astuple(kernel)[:7] == ("forward", 168, 20, 24592, 2, 1, 384)
     assert "serialized" in kernel.notes[0]
+    # 64 bytes of each of 128 threads, and 512 of a single one.
+    assert kernel.tile_bytes == (8192, 512) and kernel.loops is None
+    (tmp_path / "forward_0.sass_ctrl").write_text(LISTING)
+    (kernel,) = mosaic_kernels(tmp_path)
+    assert kernel.loops == Loops(wgmma=2, tma=1, spills=1)
     (tmp_path / "forward_0.ptxas").write_text("nothing")
     with pytest.raises(ValueError, match="no report"):
         mosaic_kernels(tmp_path)
@@ -51,6 +89,11 @@ def test_the_report_of_the_assembler_is_read(tmp_path):
 )
 def test_blocks_of_a_multiprocessor(registers, shared, threads, blocks):
     assert Kernel("a", registers, 0, shared, 0, 0, threads).blocks_per_sm() == blocks
+
+
+def test_a_listing_without_instructions_is_refused():
+    with pytest.raises(ValueError, match="no listing"):
+        loops("nvdisasm: error")
 
 
 def test_a_triton_kernel_without_ptx_has_no_figures_but_a_reason(tmp_path):
@@ -78,13 +121,17 @@ def test_what_counts_as_a_regression():
 
 def test_the_table_shows_two_figures_where_versions_differ():
     def result(jax, registers, error=None):
-        kernels = (Kernel("forward", registers, 0, 2048, 4, 2, 128),) if error is None else ()
+        kernels = (
+            (Kernel("forward", registers, 0, 2048, 4, 2, 128, (8192, 512), Loops(12, 3, 1)),)
+            if error is None
+            else ()
+        )
         done = Compilation("attention", "8B", "mosaic_gpu", jax, error, kernels=kernels)
         return kernels_aot.row(done, scaled.CASES[0])
 
     data = {"target": "sm_90a", "missing": {"0.12.0": "no Python 3.13 here"}}
     text = tables.kernels_aot({**data, "results": [result("0.10.2", 168), result("0.11.2", 160)]})
-    assert "| attention | 8B | mosaic_gpu | forward | 168 / 160 | 0 | 2 | 4 | 2 | 128 | 3 |" in text
+    assert "| forward | 168 / 160 | 0 | 2 | 12 | 3 | 1 | 128 | 3 | 8,192, 512 |" in text
     assert "jax 0.12.0 was left out: no Python 3.13 here." in text
     text = tables.kernels_aot({**data, "results": [result("0.10.2", 1, "boom")]})
     assert "does not compile" in text
