@@ -30,6 +30,8 @@ STEP = len("@A3+4=7\n")
 # Characters of a trace for each character of its context.
 TRACE = 3
 QUESTION = "#sum\n"
+# Share of the training texts that hold as many letters as there is room for.
+FULL = 0.5
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,16 @@ def _told(rng: np.random.Generator, digits: dict[str, int]) -> list[list[Piece]]
 def trace(digits: dict[str, int], steps: int) -> list[Piece]:
     """The running sum modulo 10 over the letters in order, round after round.
 
-    Answers are the digits looked up and the sums; in the rest, which its form tells, they would drown.
+    Answers are the digits looked up, the sums, and the letter wherever the round begins anew; in the rest, which its
+    form tells, they would drown.
     """
     pieces, total = [], 0
     for step in range(steps):
         key = CAPITALS[step % len(digits)]
         after = (total + digits[key]) % 10
-        pieces += [Piece(f"@{key}", "text"), Piece(str(digits[key]), "answer"), Piece(f"+{total}=", "text")]
+        anew = step > 0 and key == CAPITALS[0]
+        pieces += [Piece("@", "text"), Piece(key, "answer" if anew else "text")]
+        pieces += [Piece(str(digits[key]), "answer"), Piece(f"+{total}=", "text")]
         pieces += [Piece(str(after), "answer"), Piece("\n", "text")]
         total = after
     return pieces
@@ -186,8 +191,10 @@ def arithmetic_pieces(rng: np.random.Generator, length: int) -> list[Piece]:
     most = min(len(CAPITALS), (length - len(QUESTION) - STEP) // (2 * FACT))
     if most < 2:
         raise ValueError(f"length: got {length}, which leaves no room for a trace; give at least 32")
-    # Few letters come again after few steps, and what stood behind them the last time is the nearest to learn from.
-    digits = _digits(rng, int(np.exp(rng.uniform(np.log(2), np.log(most + 1)))))
+    # Few letters come again after few steps, and what stood behind them the last time is the nearest to learn from; all
+    # of them, where there is room, are what a sample holds, and show that the last letter is followed by the first.
+    few = int(np.exp(rng.uniform(np.log(2), np.log(most + 1))))
+    digits = _digits(rng, most if rng.random() < FULL else few)
     least = FACT * len(digits)
     context = scattered(
         rng, "train", _told(rng, digits), int(rng.integers(least, max(least, length // 3) + 1))

@@ -82,8 +82,19 @@ def test_arithmetic_documents_hold_a_trace_of_their_own_digits():
     assert list(digits) == list(CAPITALS[: len(digits)])
     assert "".join(piece.text for piece in long_tasks.trace(digits, 100)).startswith(told)
     assert len(context) + len(long_tasks.QUESTION) + len(told) == 700
-    worked = re.findall(r"(?<=[A-Z=])\d", told)
-    assert [piece.text for piece in pieces if piece.kind == "answer"] == worked != []
+    # Digits looked up, sums, and the letter of each new round.
+    worked = re.findall(r"(?<=[A-Z=])\d|(?<=\n@)A", told)
+    assert [piece.text for piece in pieces if piece.kind == "answer"] == worked
+    assert worked.count("A") >= 1
+
+
+def test_every_other_arithmetic_document_holds_all_letters():
+    def letters(number: int) -> int:
+        text = "".join(piece.text for piece in PIECES["arithmetic"](np.random.default_rng(number), 400))
+        return len(set(re.findall(r"^@([A-Z])\d$", text, re.MULTILINE)))
+
+    counts = [letters(number) for number in range(200)]
+    assert 70 < counts.count(len(CAPITALS)) < 140 and min(counts) == 2
 
 
 def test_too_short_is_refused():

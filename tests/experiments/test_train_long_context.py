@@ -22,7 +22,7 @@ def test_quick_run_leaves_a_model_and_figures(kind, tmp_path, monkeypatch):
         return json.loads((out / "train_long_context.json").read_text())["results"][kind]
 
     whole = run(tmp_path / "whole")
-    assert whole["steps"] == sum(stage.steps for stage in train_long_context.curriculum(kind, True))
+    assert whole["steps"] == sum(stage.steps for stage in train_long_context.curriculum(True))
     assert {row["task"] for row in whole["accuracy"]} == {"recall", "arithmetic"}
     assert (tmp_path / "whole" / "train_long_context.png").stat().st_size > 1000
     # As if it had been stopped in the second stage: what is left is the checkpoint of the first.
