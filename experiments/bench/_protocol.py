@@ -35,6 +35,9 @@ def peak_rss_mib(reset: bool = False) -> float:
 
 def serve(worker: Any) -> None:
     """Answer requests from stdin until ``exit`` or its end; ``{"op": name, ...}`` calls ``worker.name(...)``."""
+    # Whoever looks for a package called "kernels", as transformers does, must not find the script beside this file.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != here]
     # Libraries print to stdout; answers go to a private copy of it and everything else to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -9,7 +9,7 @@ from _protocol import Worker, WorkerError, peak_rss_mib
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "bench"
 TOY = """
-import os, sys, time
+import importlib.util, os, sys, time
 sys.path.insert(0, {folder!r})
 from _protocol import serve
 
@@ -25,6 +25,8 @@ class Toy:
         time.sleep(seconds)
     def die(self):
         os._exit(3)
+    def sees(self, name):
+        return importlib.util.find_spec(name) is not None
 
 serve(Toy())
 """
@@ -48,6 +50,12 @@ def test_an_error_is_told_and_survived(worker):
     with pytest.raises(WorkerError, match="ValueError: seven is odd"):
         worker.call("fail", 30)
     assert worker.call("double", 30, x=1) == 2
+
+
+def test_packages_are_not_looked_for_among_the_scripts(worker):
+    # transformers would take kernels.py for the package of that name.
+    assert (FOLDER / "_contest.py").is_file() and not worker.call("sees", 30, name="_contest")
+    assert worker.call("sees", 30, name="json")
 
 
 def test_setup_limits_the_cores(worker):
