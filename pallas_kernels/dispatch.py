@@ -3,7 +3,7 @@
 Implementations are modules ``pallas_kernels.<op>.<implementation>``, imported at their first use. Each has
 ``run`` (the op, arguments already checked), ``supports`` (same arguments; None, or the reason why not) and
 ``REASON`` (why ``auto`` takes it). What runs on some devices only is asked there, and ``auto`` takes it only with a
-pass record of its device tests (``pallas_kernels.records``).
+pass record of its device tests (``pallas_kernels.records``); a kernel of Triton on Hopper and later only.
 """
 
 import contextlib
@@ -38,6 +38,8 @@ IMPLEMENTATIONS = {
 }
 # These run wherever XLA does.
 EVERYWHERE = ("xla", "reference")
+# Kernels are tuned and verified from this generation on. Before it ``auto`` takes XLA and cuDNN.
+_HOPPER = (9, 0)
 VERIFY = "unverified here, run python -m pallas_kernels.verify"
 
 
@@ -61,6 +63,15 @@ def unfit(name: str, device: Target) -> str | None:
         return "no cuDNN is installed"
     if device.capability is not None and device.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or later, not {device.kind}"
+    return None
+
+
+def _left_out(name: str, device: Target) -> str | None:
+    """Why ``auto`` leaves out what is there for a call that names it; None where it takes it, once it is verified."""
+    if name != "triton" or device.platform != "cuda":
+        return None
+    if device.capability is None or device.capability < _HOPPER:
+        return f"before Hopper it runs where it is named only, and this is {device.kind}"
     return None
 
 
@@ -117,7 +128,7 @@ def choose(op: str, implementation: str, *args: object, **options: object) -> Mo
     for name in names if implementation == "auto" else (implementation,):
         refusal = unfit(name, device)
         if refusal is None and implementation == "auto":
-            refusal = _unverified(op, name, device)
+            refusal = _left_out(name, device) or _unverified(op, name, device)
         if refusal is None:
             module = _module(op, name)
             refusal = module.supports(*args, **options)
@@ -145,7 +156,7 @@ def explain(device: Target | None = None) -> list[Choice]:
     for op, names in IMPLEMENTATIONS.items():
         passed_over, unverified = [], []
         for name in names:
-            refusal = unfit(name, device)
+            refusal = unfit(name, device) or _left_out(name, device)
             if refusal is None and _unverified(op, name, device) is not None:
                 refusal = VERIFY
                 unverified.append(name)

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,38 @@ def test_a_failure_takes_an_earlier_pass_back(tmp_path, monkeypatch):
     records.write(tmp_path, H200.kind, {"attention": {"cudnn": None}})
     assert "no pass" in str(records.verified("attention", "cudnn", H200.kind))
     assert records.verified("ssd", "triton", H200.kind) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "taken"),
+    [
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "cudnn"),
+        ("NVIDIA L4", (8, 9), "cudnn"),
+        ("a GPU of a name only", None, "cudnn"),
+        ("NVIDIA H200", (9, 0), "triton"),
+        ("NVIDIA B200", (10, 0), "triton"),
+    ],
+)
+def test_before_hopper_auto_takes_no_kernel_of_ours_whatever_passed(
+    kind, capability, taken, monkeypatch, tmp_path
+):
+    """Their records are of GPUs on which nobody tuned them; named, they run."""
+    device = Target("cuda", kind, capability)
+    monkeypatch.setattr(compat, "cudnn_version", lambda: 91000)
+    monkeypatch.setattr(records, "local", lambda: tmp_path)
+    monkeypatch.setattr(dispatch, "target", lambda: device)
+    modules = {name: ModuleType(name) for name in ("triton", "cudnn", "xla")}
+    for name, module in modules.items():
+        vars(module).update(supports=lambda *_: None, REASON=name)
+    monkeypatch.setattr(dispatch, "_module", lambda op, name: modules.get(name))
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {"attention": ("triton", "cudnn", "xla")})
+    records.write(tmp_path, kind, {"attention": {"triton": 5, "cudnn": 3}})
+    assert dispatch.choose("attention", "auto") is modules[taken]
+    (row,) = dispatch.explain(device)
+    # Verifying again would change nothing: it is not what is missing.
+    assert row.implementation == taken and not row.unverified
+    assert ("triton: before Hopper it runs where it is named only" in row.reason) == (taken == "cudnn")
+    assert dispatch.choose("attention", "triton") is modules["triton"]
 
 
 @pytest.mark.parametrize(
