@@ -19,28 +19,48 @@ class NothingFits(Exception):
     """There is nothing to measure on this device."""
 
 
-def bounds(repeats: int, size: int = 8192, megabytes: int = 2048) -> dict[str, float]:
-    """What this device reaches: FLOP/s of a bfloat16 product and bytes/s of a copy (each byte read and written)."""
+def _product(repeats: int, size: int) -> float:
     a = jnp.ones((size, size), jnp.bfloat16)
     product = seconds(
         lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32).astype(a.dtype), a, repeats=repeats
     )
+    return 2 * size**3 / product
+
+
+def _copy(repeats: int, megabytes: int) -> float:
     words = jnp.zeros(megabytes * 2**18, jnp.int32)
-    copy = seconds(lambda w: w + 1, words, repeats=repeats)
-    return {"flops_per_s": 2 * size**3 / product, "bytes_per_s": 2 * words.nbytes / copy}
+    return 2 * words.nbytes / seconds(lambda w: w + 1, words, repeats=repeats)
 
 
-def least(case: Case, reached: dict[str, float]) -> float | None:
-    """Seconds that the case must take at what the device reaches; None where it counts neither FLOPs nor bytes."""
-    times = [
-        amount / reached[name]
-        for amount, name in ((case.flops, "flops_per_s"), (case.bytes_moved, "bytes_per_s"))
-        if amount is not None
-    ]
+def bounds(repeats: int, size: int = 8192, megabytes: int = 2048) -> dict[str, Any]:
+    """What this device reaches: FLOP/s of a bfloat16 product and bytes/s of a copy (each byte read and written).
+
+    What cannot be measured is left out, and ``errors`` says why: rows are worth having without their share of it.
+    """
+    found, errors = {}, {}
+    for name, measured in (
+        ("flops_per_s", lambda: _product(repeats, size)),
+        ("bytes_per_s", lambda: _copy(repeats, megabytes)),
+    ):
+        try:
+            found[name] = measured()
+        except Exception as error:  # out of memory, a profiler that is attached already
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return found | ({"errors": errors} if errors else {})
+
+
+def least(case: Case, reached: dict[str, Any]) -> float | None:
+    """Seconds that the case must take at what the device reaches; None unless all that it counts was reached."""
+    counted = {"flops_per_s": case.flops, "bytes_per_s": case.bytes_moved}
+    counted = {name: amount for name, amount in counted.items() if amount is not None}
+    # The other of two bounds alone might be the lower one.
+    if not counted.keys() <= reached.keys():
+        return None
+    times = [amount / reached[name] for name, amount in counted.items()]
     return max(times, default=None)
 
 
-def measure(case: Case, implementation: str, reached: dict[str, float], repeats: int) -> dict[str, Any]:
+def measure(case: Case, implementation: str, reached: dict[str, Any], repeats: int) -> dict[str, Any]:
     """One case through one implementation, beside its peers, as plain JSON values."""
     arrays = jax.jit(case.inputs)(jax.random.key(0))
     own = seconds(case.call(implementation), arrays, repeats=repeats)

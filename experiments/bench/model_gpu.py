@@ -10,7 +10,7 @@ Expected: at least 45 % of the data sheet's bfloat16 FLOP/s in training the MoE 
 Models of 1.5 to 2.7 billion parameters (``M*-E``, ``M-*`` and dense) take training steps of 16,384 tokens; the shapes of
 Nemotron 3 Nano and Jet-Nemotron 2B read prompts and decode with 1 to 256 rows. Weights are random. Every op is told its
 implementation; nothing is left to ``auto``. A row whose memory would not fit is not tried, and one that fails is a row
-with its error. With ``--out`` each row is written as it ends and the next run goes on from there: a row during which the
+with its error; a bound that cannot be measured leaves its shares out. With ``--out`` each row is written as it ends and the next run goes on from there: a row during which the
 process died is not tried again. PNG beside the JSON. Without a GPU: exit code 2.
 """
 
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench import _kernels_gpu
-from experiments.bench._model_runs import measure
+from experiments.bench._model_runs import KINDS, measure
 from experiments.bench._model_work import PEAKS, Row, models, rows
 from jaxllm.cli import machine
 from pallas_kernels import compat
@@ -44,13 +44,16 @@ def room() -> int | None:
 
 
 def shares(row: Row, found: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What a row's figures are of the bounds, and whether its aims are met."""
+    """What a row's figures are of the bounds that were reached, and whether its aims are met."""
     reached, peak = data["bounds"], data["peak_flops_per_s"]
-    more: dict[str, Any] = {"product_share": found["flops_per_s"] / reached["flops_per_s"]}
+    more: dict[str, Any] = {}
+    if "flops_per_s" in reached:
+        more["product_share"] = found["flops_per_s"] / reached["flops_per_s"]
     if peak is not None:
         more["mfu"] = found["flops_per_s"] / peak
     if row.kind == "decode":
-        more["byte_share"] = found["bytes_per_s"] / reached["bytes_per_s"]
+        if "bytes_per_s" in reached:
+            more["byte_share"] = found["bytes_per_s"] / reached["bytes_per_s"]
         prompt = next(
             (
                 known["seconds"]
@@ -86,14 +89,15 @@ def draw(found: list[dict[str, Any]], png: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = [row for row in found if "error" not in row]
+    bounds = {kind: "byte_share" if kind == "decode" else "product_share" for kind in KINDS}
+    found = [row for row in found if bounds[row["kind"]] in row]
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(found)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for y, row in enumerate(found):
-        bound = "byte_share" if row["kind"] == "decode" else "product_share"
-        axes.barh(y, 100 * row[bound], color="#3b6ea5" if row["kind"] == "decode" else "#3c8c40")
-        axes.text(100 * row[bound], y, f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=7)
+        share = 100 * row[bounds[row["kind"]]]
+        axes.barh(y, share, color="#3b6ea5" if row["kind"] == "decode" else "#3c8c40")
+        axes.text(share, y, f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=7)
     axes.set_yticks(range(len(found)), [row["name"] for row in found], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("% of the FLOP/s (green) or bytes/s (blue) measured on the device in the same run")
@@ -175,12 +179,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     mark = {"device": device.kind, "versions": machine.versions(), "quick": options.quick}
     record = Record(options.out, mark, options.fresh)
-    if "bounds" not in record.data:
+    if "bounds" not in record.data or "errors" in record.data["bounds"]:
         size, megabytes = (256, 4) if options.quick else (8192, 2048)
         record.data["bounds"] = _kernels_gpu.bounds(11, size, megabytes)
         kind = next((name for name in sorted(PEAKS, key=len, reverse=True) if name in device.kind), None)
         record.data["peak_flops_per_s"] = PEAKS.get(kind) if kind else None
         record.data["jax"] = compat.JAX
+        for row in plan:
+            # Rows of a run that did not reach the bounds.
+            known = record.data["rows"].get(row.name, {"error": RUNNING})
+            if "error" not in known:
+                record.data["rows"][row.name] = known | shares(row, known, record.data)
     run(plan, record, 60 * options.minutes, options.quick, console)
     found = [record.data["rows"][row.name] for row in plan if row.name in record.data["rows"]]
     table = Table("row", "tokens/s", "MFU", "of a product", "of the bytes", "output tokens/s", "aims")
@@ -188,10 +197,12 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(*describe(row))
     console.print(table)
     reached = record.data["bounds"]
-    console.print(
-        f"{device.kind}: a product reaches {reached['flops_per_s'] / 1e12:,.2f} TFLOP/s, a copy "
-        f"{reached['bytes_per_s'] / 1e9:,.0f} GB/s"
-    )
+    for name, text, unit in (("flops_per_s", "a product", "TFLOP/s"), ("bytes_per_s", "a copy", "GB/s")):
+        if name in reached:
+            amount = reached[name] / (1e12 if name == "flops_per_s" else 1e9)
+            console.print(f"{device.kind}: {text} reaches {amount:,.2f} {unit}")
+        else:
+            console.print(f"{device.kind}: what {text} reaches is not known ({reached['errors'][name]})")
     if options.out is not None:
         record.save()
         draw(found, options.out.with_suffix(".png"))

@@ -23,6 +23,8 @@ def test_the_bound_is_the_slower_of_products_and_bytes():
     assert _kernels_gpu.least(CASE, reached) == pytest.approx(1e-2)
     assert _kernels_gpu.least(dataclasses.replace(CASE, bytes_moved=None), reached) == pytest.approx(2e-3)
     assert _kernels_gpu.least(scaled.CASES[1], reached) is None
+    # One of two bounds alone might flatter.
+    assert _kernels_gpu.least(CASE, {"flops_per_s": 1e9, "errors": {"bytes_per_s": "no"}}) is None
 
 
 def test_cases_are_timed_beside_their_peers(monkeypatch):

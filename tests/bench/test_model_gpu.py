@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from experiments.bench import _model_runs, _model_work, model_gpu
+from experiments.bench import _kernels_gpu, _model_runs, _model_work, model_gpu
 from jaxllm.model.functional import abstract_params, flatten
 from pallas_kernels import dispatch
 
@@ -94,6 +94,37 @@ def test_a_row_during_which_the_process_died_is_not_tried_again(tmp_path, monkey
     assert record.data["rows"][row.name]["error"] == model_gpu.RUNNING
     assert model_gpu.Record(file, {"quick": False}, False).data["rows"] == {}
     assert model_gpu.Record(file, mark, True).data["rows"] == {}
+
+
+def test_a_bound_that_fails_costs_its_shares_and_no_row(tmp_path, monkeypatch, capsys):
+    """And the next run, which reaches it, adds the shares to the rows that are there."""
+    figures = {"tokens_per_s": 1.0, "flops_per_s": 1e9, "bytes_per_s": 1e9, "seconds": 1.0}
+    out, measured = tmp_path / "found.json", []
+    monkeypatch.setattr(model_gpu, "measure", lambda row, *_: measured.append(row.name) or dict(figures))
+
+    def failing(*_, **__):
+        raise RuntimeError("the GPU reports no kernel times")
+
+    reached = {"flops_per_s": 4e9, "bytes_per_s": 2e9}
+    for fail, shares in ((("_product", "_copy"), {}), (("_copy",), {"product_share": 0.25})):
+        with monkeypatch.context() as broken:
+            for name, key in (("_product", "flops_per_s"), ("_copy", "bytes_per_s")):
+                value = failing if name in fail else lambda *_, key=key: reached[key]
+                broken.setattr(_kernels_gpu, name, value)
+            assert model_gpu.main(["--quick", "--out", str(out)]) == 0
+        data, shown = json.loads(out.read_text()), capsys.readouterr().out
+        assert "a copy reaches is not known (RuntimeError: the GPU reports" in shown.replace("\n", " ")
+        assert len(data["bounds"]["errors"]) == len(fail) and "bytes_per_s" in data["bounds"]["errors"]
+        for row in data["rows"].values():
+            assert "byte_share" not in row and shares == {k: row[k] for k in shares}
+            assert ("product_share" in row) == bool(shares) and row["tokens_per_s"] == 1.0
+    monkeypatch.setattr(_kernels_gpu, "_product", lambda *_: 4e9)
+    monkeypatch.setattr(_kernels_gpu, "_copy", lambda *_: 2e9)
+    assert model_gpu.main(["--quick", "--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    assert data["bounds"] == reached and "reaches 0.00 TFLOP/s" in capsys.readouterr().out
+    assert {row.get("byte_share") for row in data["rows"].values()} == {None, 0.5}
+    assert measured == [row.name for row in _model_work.rows(True)]
 
 
 @pytest.mark.slow
