@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.bench._kernels_flex import torch_flex
 from pallas_kernels import compat
 from pallas_kernels.cases import Case
 from pallas_kernels.target import target
@@ -97,13 +98,20 @@ def _cudnn(case: Case) -> Peer:
     return lambda arrays, n: seconds(call, arrays, repeats=n)
 
 
-def _torch(case: Case) -> Peer:
+def _no_torch() -> str | None:
+    """Why torch cannot take a case on a GPU; None where it can."""
     reason = _absent("torch")
     if reason is not None:
         return reason
-    if not importlib.import_module("torch").cuda.is_available():
-        return "torch sees no GPU"
-    return lambda _arrays, n: _torch_seconds(torch_sdpa(case), n)
+    return None if importlib.import_module("torch").cuda.is_available() else "torch sees no GPU"
+
+
+def _torch(case: Case) -> Peer:
+    return _no_torch() or (lambda _arrays, n: _torch_seconds(torch_sdpa(case), n))
+
+
+def _torch_compiled(case: Case) -> Peer:
+    return _no_torch() or (lambda arrays, n: _torch_seconds(torch_flex(case, arrays), n))
 
 
 def _pallas_attention(case: Case) -> Peer:
@@ -155,9 +163,9 @@ def _jla_attention(case: Case) -> Peer:
 
 
 def _attention_peers(case: Case) -> dict[str, Peer]:
-    by_row = documents = None
+    by_row = documents = pairs = None
     if "mask" in case.avals():
-        by_row = documents = "it has no mask of pairs"
+        by_row = documents = pairs = "it has no mask of pairs"
     elif case.avals()["q"].shape[1] != case.avals()["k"].shape[1]:
         by_row = documents = "it is causal by row index, and there are fewer queries than keys"
     elif case.options.get("soft_cap") is not None:
@@ -167,6 +175,7 @@ def _attention_peers(case: Case) -> dict[str, Peer]:
     return {
         "cuDNN, causal by row": by_row or _cudnn(case),
         "torch SDPA": by_row or _torch(case),
+        "torch.compile, flex_attention": pairs or _torch_compiled(case),
         "pallas.ops.gpu attention_mgpu, causal by row": by_row or _pallas_attention(case),
         "jax-linear-attention": documents or _jla_attention(case),
     }

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.bench import _kernels_gpu, _kernels_peers, _kernels_torch, kernels
+from experiments.bench._kernels_flex import torch_flex
 from experiments.tables import kernels as tables
 from experiments.tables.text import TableError
 from pallas_kernels import compat
@@ -68,6 +70,7 @@ def test_a_peer_that_cannot_run_says_why():
         assert set(found) - {"xla"} == {
             "cuDNN, causal by row",
             "torch SDPA",
+            "torch.compile, flex_attention",
             "pallas.ops.gpu attention_mgpu, causal by row",
             "jax-linear-attention",
         }
@@ -79,7 +82,9 @@ def test_a_peer_that_cannot_run_says_why():
     assert _kernels_peers._absent("no.such.package").startswith("no.such.package cannot be imported")
     assert "causal mask" in _kernels_peers._pallas_attention(attention_cases.CASES[-2])
     wide = attention_cases.CASES[-1]
-    assert set(map(str, list(_kernels_peers.peers(wide).values())[1:])) == {"it has no soft cap"}
+    found = _kernels_peers.peers(wide)
+    assert "torch" in str(found.pop("torch.compile, flex_attention"))
+    assert set(map(str, list(found.values())[1:])) == {"it has no soft cap"}
 
 
 def test_jax_has_a_peer_for_whole_pages_only():
@@ -150,3 +155,17 @@ def test_both_libraries_give_the_same_and_are_timed():
     for pair in pairs:
         row = _kernels_torch.measure(pair, 2)
         assert row["ratio"] == row["torch_seconds"] / row["seconds"] > 0
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", attention_cases.CASES[:2], ids=lambda case: case.name)
+def test_torch_is_told_the_same_rules(case):
+    """Documents, window and soft cap: flex_attention step by step against the reference."""
+    case = dataclasses.replace(case, gradients=())  # flex_attention has none on CPU
+    arrays = jax.jit(case.inputs)(jax.random.key(3))
+    theirs = torch_flex(case, arrays, compiled=False)().detach().float().numpy()
+    ours, _ = case.call("reference")(arrays)
+    live = np.asarray(arrays["q_segment_ids"]) != 0
+    assert case.options.keys() <= {"window", "soft_cap", "scale"} and live.any()
+    np.testing.assert_allclose(theirs[live], np.asarray(ours, np.float32)[live], rtol=0.02, atol=0.02)
