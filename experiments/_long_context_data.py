@@ -78,7 +78,7 @@ def trained_jobs(model: LanguageModel, grid: str) -> list[Job]:
             (TEXT, 896, 8, "default"),
             ("recall", 512, 24, "one"),
             ("recall", 2048, 24, "default"),
-            ("arithmetic", 256, 4, "default"),
+            ("arithmetic", 256, 12, "default"),
             (TEXT, 2048, 4, "default"),
             ("recall", 8192, 6, "one"),
             (TEXT, 8192, 2, "one"),
