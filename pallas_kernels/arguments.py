@@ -1,5 +1,9 @@
 """Argument checks shared by the ops: every refusal names the argument, what was given and what is allowed."""
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
@@ -19,26 +23,51 @@ def require_shape(
         raise ValueError(f"{name}.shape={array.shape}: expected {shape} [{letters}]")
 
 
-def require_floats(**arrays: Shaped[Array, "..."]) -> None:
-    """Raise unless every array has a floating dtype."""
+def _require_dtype(kind: Any, allowed: str, arrays: dict[str, Shaped[Array, "..."] | None]) -> None:
     for name, array in arrays.items():
-        given = jnp.dtype(array.dtype)
-        require(jnp.issubdtype(given, jnp.floating), f"{name}.dtype", given.name, "a floating dtype")
+        if array is not None:
+            given = jnp.dtype(array.dtype)
+            require(jnp.issubdtype(given, kind), f"{name}.dtype", given.name, allowed)
 
 
-def require_integers(**arrays: Shaped[Array, "..."]) -> None:
-    """Raise unless every array has an integer dtype."""
-    for name, array in arrays.items():
-        given = jnp.dtype(array.dtype)
-        require(jnp.issubdtype(given, jnp.integer), f"{name}.dtype", given.name, "an integer dtype")
+def require_floats(**arrays: Shaped[Array, "..."] | None) -> None:
+    """Raise unless every array is None or has a floating dtype."""
+    _require_dtype(jnp.floating, "a floating dtype", arrays)
+
+
+def require_integers(**arrays: Shaped[Array, "..."] | None) -> None:
+    """Raise unless every array is None or has an integer dtype."""
+    _require_dtype(jnp.integer, "an integer dtype", arrays)
+
+
+def require_booleans(**arrays: Shaped[Array, "..."] | None) -> None:
+    """Raise unless every array is None or of booleans."""
+    _require_dtype(jnp.bool_, "bool", arrays)
+
+
+def require_count(name: str, value: object, optional: str = "") -> None:
+    """Raise unless ``value`` is a whole number of at least 1, or None where ``optional`` is "None or "."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+    require(whole or (bool(optional) and value is None), name, value, f"{optional}at least 1, a whole number")
+
+
+def require_score_options(window: object, soft_cap: object, scale: object) -> None:
+    """Raise unless the window, soft cap and scale of attention are None or numbers that make sense."""
+    require_count("window", window, "None or ")
+    capped = isinstance(soft_cap, Real) and 0 < float(soft_cap) < math.inf
+    require(soft_cap is None or capped, "soft_cap", soft_cap, "None or a positive number")
+    require(scale is None or isinstance(scale, Real), "scale", scale, "None or a number")
 
 
 def require_operand_dtype(operand_dtype: DTypeLike | None) -> None:
     """Raise unless ``operand_dtype`` is None or a float of at least 16 bits."""
     if operand_dtype is not None:
-        dtype = jnp.dtype(operand_dtype)
         allowed = ("bfloat16", "float16", "float32")
-        require(dtype.name in allowed, "operand_dtype", dtype.name, f"None or one of {allowed}")
+        try:
+            name = jnp.dtype(operand_dtype).name
+        except TypeError:
+            name = operand_dtype
+        require(name in allowed, "operand_dtype", name, f"None or one of {allowed}")
 
 
 def count_segments(
@@ -54,8 +83,8 @@ def count_segments(
     """The n of the states [B, n, ...] an op takes and returns; None when no state is wanted.
 
     Args:
-        segment_ids: checked to have the shape ``tokens``, [B, T].
-        initial_state: checked to have the shape [B, n, *state].
+        segment_ids: checked to be integers of the shape ``tokens``, [B, T].
+        initial_state: checked to be floats of the shape [B, n, *state].
         num_segments: as the op was given it.
         tokens: (B, T).
         state: shape of one state.
@@ -63,17 +92,18 @@ def count_segments(
         open_ends: a row has one state before it and one after it, whatever its documents.
 
     Raises:
-        ValueError: a shape is not as above; ``num_segments`` disagrees with ``initial_state``, or exceeds 1 without
+        ValueError: a shape or dtype is not as above; ``num_segments`` disagrees with ``initial_state``, or exceeds 1 without
             ``segment_ids`` or with ``open_ends``.
     """
     require_shape("segment_ids", segment_ids, tokens, "B, T")
+    require_integers(segment_ids=segment_ids)
+    require_floats(initial_state=initial_state)
     if initial_state is not None:
         shape, letters = initial_state.shape, f"B, n, {letters}"
         allowed = f"{2 + len(state)} dimensions [{letters}]"
         require(len(shape) == 2 + len(state), "initial_state.shape", shape, allowed)
         require_shape("initial_state", initial_state, (tokens[0], shape[1], *state), letters)
-    if num_segments is not None:
-        require(num_segments >= 1, "num_segments", num_segments, "None or at least 1")
+    require_count("num_segments", num_segments, "None or ")
     n = num_segments
     if initial_state is not None:
         n = initial_state.shape[1]

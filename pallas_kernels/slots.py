@@ -3,15 +3,17 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require, require_booleans, require_integers, require_shape
 
 
 def require_slots(
     slots: Int[Array, "B"] | None, live: Bool[Array, "B"] | None, rows: int, pool: Shaped[Array, "S ..."]
 ) -> None:
-    """Raise unless there is a slot for every row, and the shapes are those of ``rows`` rows."""
+    """Raise unless there is a slot for every row, and shapes and dtypes are those of ``rows`` rows."""
     require_shape("slots", slots, (rows,), "B")
     require_shape("live", live, (rows,), "B")
+    require_integers(slots=slots)
+    require_booleans(live=live)
     if slots is None:
         require(rows <= len(pool), "pool.shape", pool.shape, f"a slot for each of {rows} rows without slots")
 

@@ -9,9 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import (
     require,
+    require_booleans,
     require_floats,
     require_integers,
     require_operand_dtype,
+    require_score_options,
     require_shape,
 )
 from pallas_kernels.attention.mask import Marks
@@ -39,7 +41,7 @@ def _checked(
     require(kv_layout in _LAYOUTS, "kv_layout", kv_layout, "'BTKD' or 'BKTD'")
     require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, T, H, d]")
     B, T, H, d = q.shape
-    require(T >= 1, "q.shape", q.shape, "at least one query")
+    require(min(T, H, d) >= 1, "q.shape", q.shape, "at least one query, head and channel [B, T, H, d]")
     letters = _LAYOUTS[kv_layout]
     shape = k.shape
     require(
@@ -64,9 +66,8 @@ def _checked(
         q_segment_ids=q_segment_ids,
         kv_segment_ids=kv_segment_ids,
     )
-    require(mask is None or mask.dtype == bool, "mask.dtype", getattr(mask, "dtype", None), "bool")
-    require(window is None or window >= 1, "window", window, "None or at least 1")
-    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
+    require_booleans(mask=mask)
+    require_score_options(window, soft_cap, scale)
     require_operand_dtype(operand_dtype)
     scale = d**-0.5 if scale is None else scale
     marks = Marks(q_positions, kv_positions, q_segment_ids, kv_segment_ids, mask)
@@ -167,7 +168,7 @@ def attention(
         where nothing is visible.
 
     Raises:
-        ValueError: a shape, ``window``, ``soft_cap``, ``kv_layout``, ``operand_dtype`` or ``implementation`` is
+        ValueError: a shape, a dtype, ``window``, ``soft_cap``, ``kv_layout``, ``operand_dtype`` or ``implementation`` is
             not as above, or K does not divide H.
     """
     marks, options = _checked(
@@ -255,6 +256,7 @@ def attention_backward(
         ("dlse", dlse, "B, T, H"),
     ):
         require_shape(name, array, q.shape[: letters.count(",") + 1], letters)
+    require_floats(out=out, dout=dout, lse=lse, dlse=dlse)
     settings = (marks, replace(options, return_lse=True))
     module = dispatch.choose("attention", implementation, q, k, v, *settings)
     return module.backward(q, k, v, out, lse, dout, dlse, *settings)

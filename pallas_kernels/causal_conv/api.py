@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import count_segments, require, require_shape
+from pallas_kernels.arguments import count_segments, require, require_floats, require_shape
 from pallas_kernels.causal_conv.activation import require_activation
 
 
@@ -40,7 +40,7 @@ def causal_conv(
         the dtype of ``initial_state`` (of x without one).
 
     Raises:
-        ValueError: a shape, ``num_segments``, ``activation`` or ``implementation`` is not as above.
+        ValueError: a shape, a dtype, ``num_segments``, ``activation`` or ``implementation`` is not as above.
     """
     require(x.ndim == 3, "x.shape", x.shape, "three dimensions [B, T, D]")
     B, T, D = x.shape
@@ -49,6 +49,7 @@ def causal_conv(
     k = weight.shape[0]
     require(k >= 1, "weight.shape", weight.shape, "at least one tap")
     require_shape("bias", bias, (D,), "D")
+    require_floats(x=x, weight=weight, bias=bias)
     require_activation(activation)
     options = {
         "segment_ids": segment_ids,

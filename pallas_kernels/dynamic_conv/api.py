@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import count_segments, require, require_shape
+from pallas_kernels.arguments import count_segments, require, require_floats, require_shape
 from pallas_kernels.causal_conv.activation import require_activation
 
 
@@ -39,7 +39,7 @@ def dynamic_conv(
         occur, in the dtype of ``initial_state`` (of x without one).
 
     Raises:
-        ValueError: a shape, ``num_segments``, ``activation`` or ``implementation`` is not as above.
+        ValueError: a shape, a dtype, ``num_segments``, ``activation`` or ``implementation`` is not as above.
     """
     require(x.ndim == 3, "x.shape", x.shape, "three dimensions [B, T, D]")
     B, T, D = x.shape
@@ -48,6 +48,7 @@ def dynamic_conv(
     k = kernels.shape[2]
     require_shape("kernels", kernels, (B, T, k, D), "B, T, k, D")
     require(k >= 2, "kernels.shape", kernels.shape, "at least two taps")
+    require_floats(x=x, kernels=kernels)
     require_activation(activation)
     options = {
         "segment_ids": segment_ids,

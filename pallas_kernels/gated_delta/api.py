@@ -4,7 +4,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import count_segments, require, require_operand_dtype
+from pallas_kernels.arguments import count_segments, require_count, require_operand_dtype
 from pallas_kernels.gated_delta.checks import require_inputs
 
 
@@ -55,13 +55,13 @@ def gated_delta(
         document's last token (its initial state if it does not occur), or None if no final state is wanted.
 
     Raises:
-        ValueError: a shape, ``num_segments``, ``chunk_size``, ``operand_dtype`` or ``implementation`` is not as
+        ValueError: a shape, a dtype, ``num_segments``, ``chunk_size``, ``operand_dtype`` or ``implementation`` is not as
             above, or H does not divide Hv.
     """
     require_inputs(q, k, v, g, beta, "T")
     rows, T, _, dk = q.shape
     Hv, dv = v.shape[2:]
-    require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+    require_count("chunk_size", chunk_size)
     require_operand_dtype(operand_dtype)
     options = {
         "segment_ids": segment_ids,

@@ -4,7 +4,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_operand_dtype, require_shape
+from pallas_kernels.arguments import (
+    require,
+    require_floats,
+    require_integers,
+    require_operand_dtype,
+    require_shape,
+)
 
 
 def grouped_matmul(
@@ -30,12 +36,15 @@ def grouped_matmul(
         y in the dtype of x; rows past the last expert's are zero, and so are their gradients.
 
     Raises:
-        ValueError: a shape, ``operand_dtype`` or ``implementation`` is not as above.
+        ValueError: a shape, a dtype, ``operand_dtype`` or ``implementation`` is not as above.
     """
     require(x.ndim == 2, "x.shape", x.shape, "two dimensions [M, K]")
     require(w.ndim == 3, "w.shape", w.shape, "three dimensions [E, K, N]")
     require(x.shape[1] == w.shape[1], "x.shape", x.shape, f"K (second) to be {w.shape[1]}, as in w [E, K, N]")
+    require(w.shape[0] >= 1, "w.shape", w.shape, "at least one expert [E, K, N]")
     require_shape("sizes", sizes, (w.shape[0],), "E")
+    require_floats(x=x, w=w)
+    require_integers(sizes=sizes)
     require_operand_dtype(operand_dtype)
     options = {"operand_dtype": operand_dtype}
     module = dispatch.choose("grouped_matmul", implementation, x, w, sizes, **options)

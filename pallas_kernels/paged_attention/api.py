@@ -7,7 +7,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_operand_dtype, require_shape
+from pallas_kernels.arguments import (
+    require,
+    require_booleans,
+    require_floats,
+    require_integers,
+    require_operand_dtype,
+    require_score_options,
+    require_shape,
+)
 from pallas_kernels.paged_attention.checks import check_values
 from pallas_kernels.paged_attention.options import Options, Reads
 from pallas_kernels.paged_attention.quantized import QuantizedPages
@@ -57,6 +65,8 @@ def _check_pool(name: str, pages: Any, K: int | None, d: int) -> tuple[int, ...]
         require(pages.bits in (4, 8), f"{name}.bits", pages.bits, "4 or 8")
         require(pages.codes.dtype == jnp.uint8, f"{name}.codes.dtype", pages.codes.dtype.name, "uint8")
         require(pages.codes.ndim == 4, f"{name}.codes.shape", pages.codes.shape, "four dimensions")
+    else:
+        require_floats(**{name: pages})
     shape = pages.shape
     heads = "K" if K is None else K
     good = len(shape) == 4 and shape[3] == d and K in (None, shape[1]) and min(shape) >= 1
@@ -66,10 +76,12 @@ def _check_pool(name: str, pages: Any, K: int | None, d: int) -> tuple[int, ...]
         allowed = f"{token} (per token) or {channel} (per channel)"
         require(pages.scale.shape in (token, channel), f"{name}.scale.shape", pages.scale.shape, allowed)
         require_shape(f"{name}.offset", pages.offset, pages.scale.shape, "as scale")
+        require_floats(**{f"{name}.scale": pages.scale, f"{name}.offset": pages.offset})
     return shape
 
 
 def _check_tail(tail: OpenTail, B: int, W: int, K: int, d: int) -> None:
+    require(isinstance(tail, OpenTail), "tail", type(tail).__name__, "None or OpenTail")
     shape = tail.k.shape
     good = len(shape) == 4 and shape[:2] == (B, K) and shape[2] >= 1 and shape[3] == d
     require(good, "tail.k.shape", shape, f"[{B}, {K}, t, {d}]")
@@ -78,6 +90,9 @@ def _check_tail(tail: OpenTail, B: int, W: int, K: int, d: int) -> None:
     require_shape("tail.length", tail.length, (B,), "B")
     require_shape("tail.positions", tail.positions, (B, t), "B, t")
     require_shape("tail.mask", tail.mask, (B, W, t), "B, W, t")
+    require_floats(**{"tail.k": tail.k, "tail.v": tail.v})
+    require_integers(**{"tail.length": tail.length, "tail.positions": tail.positions})
+    require_booleans(**{"tail.mask": tail.mask})
 
 
 def paged_attention(
@@ -137,11 +152,12 @@ def paged_attention(
         implementation: "auto" or one of ``dispatch.IMPLEMENTATIONS["paged_attention"]``.
 
     Raises:
-        ValueError: a shape, ``granularity``, ``window``, ``soft_cap``, ``operand_dtype`` or ``implementation`` is
+        ValueError: a shape, a dtype, ``granularity``, ``window``, ``soft_cap``, ``operand_dtype`` or ``implementation`` is
             not as above, K does not divide H, or ``table`` and ``logical`` do not go together.
     """
     require(q.ndim == 4, "q.shape", q.shape, "four dimensions [B, W, H, d]")
     B, W, H, d = q.shape
+    require(min(q.shape) >= 1, "q.shape", q.shape, "at least one row, query, head and channel [B, W, H, d]")
     require(1 <= W <= _MOST_QUERIES, "q.shape", q.shape, f"W (second) from 1 to {_MOST_QUERIES}")
     shape = _check_pool("k_pages", k_pages, None, d)
     P, K = shape[:2]
@@ -164,8 +180,9 @@ def paged_attention(
     require_shape("q_positions", q_positions, (B, W), "B, W")
     if tail is not None:
         _check_tail(tail, B, W, K, d)
-    require(window is None or window >= 1, "window", window, "None or at least 1")
-    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "None or a positive number")
+    require_floats(q=q)
+    require_integers(table=table, logical=logical, count=count, kv_len=kv_len, q_positions=q_positions)
+    require_score_options(window, soft_cap, scale)
     require_operand_dtype(operand_dtype)
     if debug:
         check_values(shape, table, logical, count, granularity, kv_len, tail)

@@ -5,6 +5,29 @@ import jax.numpy as jnp
 from pallas_kernels import compat
 
 
+def _check_entries(table, used, pages: int) -> None:
+    """Entries in use name one of the ``pages`` of a pool; the others may hold anything."""
+    wrong = used & ((table < 0) | (table >= pages))
+    compat.checkify.check(
+        ~wrong.any(),
+        "table: {wrong} entries in use lie outside the pool, expected 0 to {last}",
+        wrong=wrong.sum(),
+        last=jnp.int32(pages - 1),
+    )
+
+
+def _check_range(name: str, values, most: int, what: str) -> None:
+    good = ((values >= 0) & (values <= most)).all()
+    compat.checkify.check(good, name + ": expected 0 to {most}" + what, most=jnp.int32(most))
+
+
+def check_scored(pages: int, table, num_pages) -> None:
+    """Likewise of the pages that ``page_scores`` scores; ``pages``: P."""
+    n = table.shape[2]
+    _check_entries(table, jnp.arange(n) < num_pages[..., None], pages)
+    _check_range("num_pages", num_pages, n, " [table's entries]")
+
+
 def check_values(shape, table, logical, count, granularity, kv_len, tail) -> None:
     """Checks in the sense of ``jax.experimental.checkify``; ``shape``: (P, K, page, d) of the pools."""
     checkify = compat.checkify
@@ -15,22 +38,11 @@ def check_values(shape, table, logical, count, granularity, kv_len, tail) -> Non
         used = used if logical is None else used & (logical >= 0)
         first = logical if granularity == "token" else (entry if logical is None else logical) * page
         used = used & (first < kv_len[..., None])
-        wrong = used & ((table < 0) | (table >= P))
-        checkify.check(
-            ~wrong.any(),
-            "table: {wrong} entries in use lie outside the pool, expected 0 to {last}",
-            wrong=wrong.sum(),
-            last=jnp.int32(P - 1),
-        )
+        _check_entries(table, used, P)
         if count is not None:
-            bad = (count < 0) | (count > table.shape[2])
-            checkify.check(
-                ~bad.any(), "count: expected 0 to {n} [table's entries]", n=jnp.int32(table.shape[2])
-            )
+            _check_range("count", count, table.shape[2], " [table's entries]")
         if logical is not None:
             checkify.check((logical >= -1).all(), "logical: expected -1 or an index")
     checkify.check((kv_len >= 0).all(), "kv_len: expected lengths of at least 0")
     if tail is not None:
-        t = tail.k.shape[2]
-        bad = (tail.length < 0) | (tail.length > t)
-        checkify.check(~bad.any(), "tail.length: expected 0 to {t}", t=jnp.int32(t))
+        _check_range("tail.length", tail.length, tail.k.shape[2], "")

@@ -4,7 +4,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import count_segments, require, require_operand_dtype
+from pallas_kernels.arguments import count_segments, require_count, require_operand_dtype
 from pallas_kernels.ssd.checks import require_inputs
 
 
@@ -54,12 +54,12 @@ def ssd(
         document's last token (its initial state if it does not occur), or None if no final state is wanted.
 
     Raises:
-        ValueError: a shape, ``num_segments``, ``chunk_size``, ``operand_dtype`` or ``implementation`` is not as
+        ValueError: a shape, a dtype, ``num_segments``, ``chunk_size``, ``operand_dtype`` or ``implementation`` is not as
             above, or G does not divide H.
     """
     require_inputs(x, dt, A, B, C, D, "T")
     rows, T, H, P = x.shape
-    require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+    require_count("chunk_size", chunk_size)
     require_operand_dtype(operand_dtype)
     options = {
         "segment_ids": segment_ids,

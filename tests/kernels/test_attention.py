@@ -291,7 +291,7 @@ def test_agrees_with_torch():
         ({"mask": np.ones((B, T, T + 1), bool)}, "mask.shape"),
         ({"q": np.ones((B, T, H, d), np.int32)}, "q.dtype='int32': expected a floating dtype"),
         ({"kv_positions": POSITIONS.astype(np.float32)}, "kv_positions.dtype='float32': expected an integer"),
-        ({"mask": np.ones((B, T, T), np.int32)}, "mask.dtype=dtype..int32..: expected bool"),
+        ({"mask": np.ones((B, T, T), np.int32)}, "mask.dtype='int32': expected bool"),
         ({"window": 0}, "window=0: expected None or at least 1"),
         ({"soft_cap": 0.0}, "soft_cap=0.0"),
         ({"kv_layout": "KTBD"}, "kv_layout='KTBD': expected 'BTKD' or 'BKTD'"),

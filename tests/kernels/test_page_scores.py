@@ -1,5 +1,7 @@
 """Quest's page scores: bounds of what a page's keys can score."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_kernels.compat import checkify
 from pallas_kernels.paged_attention import page_scores
 from tests.kernels.kernel_cases import close
 
@@ -88,3 +91,28 @@ def test_bad_arguments_are_named(own_checks, changes, message):
     arguments = jax.tree.map(jnp.asarray, draw(0)[0]) | changes
     with pytest.raises(ValueError, match=message):
         page_scores(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": np.full((B, K, n), 1000)}, "entries in use lie outside the pool"),
+        ({"table": np.full((B, K, n), -1)}, "entries in use lie outside the pool"),
+        ({"num_pages": np.full((B, K), n + 1)}, f"num_pages: expected 0 to {n} [table's entries]"),
+        ({"num_pages": np.full((B, K), -1)}, f"num_pages: expected 0 to {n}"),
+    ],
+)
+def test_debug_mode_catches_bad_values(changes, message):
+    arguments = jax.tree.map(jnp.asarray, draw(0)[0] | changes)
+    checked = jax.jit(checkify.checkify(lambda a: page_scores(**a, debug=True)))
+    assert message in (checked(arguments)[0].get() or "")
+    with pytest.raises(Exception, match=re.escape(message)):
+        page_scores(**arguments, debug=True)
+
+
+def test_debug_mode_lets_entries_of_nothing_be():
+    arguments = draw(0)[0]
+    unused = np.arange(n) >= arguments["num_pages"][..., None]
+    assert unused.any()
+    arguments["table"] = np.where(unused, 1000, arguments["table"])
+    page_scores(**jax.tree.map(jnp.asarray, arguments), debug=True)

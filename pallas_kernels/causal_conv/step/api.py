@@ -3,7 +3,7 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require, require_floats, require_shape
 from pallas_kernels.causal_conv.activation import require_activation
 from pallas_kernels.slots import require_slots
 
@@ -36,7 +36,7 @@ def causal_conv_step(
         by their inputs.
 
     Raises:
-        ValueError: a shape, ``activation`` or ``implementation`` is not as above.
+        ValueError: a shape, a dtype, ``activation`` or ``implementation`` is not as above.
     """
     require(x.ndim == 2, "x.shape", x.shape, "two dimensions [B, D]")
     rows, D = x.shape
@@ -47,6 +47,7 @@ def causal_conv_step(
     require(pool.ndim == 3, "pool.shape", pool.shape, "three dimensions [S, k-1, D]")
     require_shape("pool", pool, (pool.shape[0], k - 1, D), "S, k-1, D")
     require_slots(slots, live, rows, pool)
+    require_floats(x=x, weight=weight, bias=bias, pool=pool)
     require_activation(activation)
     options = {"pool": pool, "slots": slots, "live": live, "activation": activation}
     module = dispatch.choose("causal_conv.step", implementation, x, weight, bias, **options)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require, require_booleans, require_floats, require_shape
 from pallas_kernels.causal_conv.activation import activate, require_activation
 from pallas_kernels.tree import depths, preceding
 
@@ -34,7 +34,7 @@ def causal_conv_window(
         y in the dtype of x; finite at padding, otherwise unspecified there.
 
     Raises:
-        ValueError: a shape, ``activation`` or ``implementation`` is not as above.
+        ValueError: a shape, a dtype, ``activation`` or ``implementation`` is not as above.
     """
     require(x.ndim == 3, "x.shape", x.shape, "three dimensions [B, W, D]")
     rows, W, D = x.shape
@@ -42,10 +42,13 @@ def causal_conv_window(
     k = weight.shape[-2]
     nodes, letters = ((rows, W), "B, W, k, D") if weight.ndim == 4 else ((), "k, D")
     require_shape("weight", weight, (*nodes, k, D), letters)
+    require(W >= 1, "x.shape", x.shape, "at least one node")
     require(k >= 1, "weight.shape", weight.shape, "at least one tap")
     require_shape("bias", bias, (D,), "D")
     require_shape("ancestors", ancestors, (rows, W, W), "B, W, W")
     require_shape("initial_state", initial_state, (rows, k - 1, D), "B, k-1, D")
+    require_floats(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    require_booleans(ancestors=ancestors)
     require_activation(activation)
     options = {"ancestors": ancestors, "initial_state": initial_state}
     module = dispatch.choose("causal_conv.window", implementation, x, weight, **options)

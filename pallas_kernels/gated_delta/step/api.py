@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require, require_booleans, require_floats, require_shape
 from pallas_kernels.slots import require_slots
 
 
@@ -44,7 +44,7 @@ def gated_delta_step(
         o in the dtype of v (0 in idle rows), and the pool with the states of these slots after the token.
 
     Raises:
-        ValueError: a shape, the dtype of the pool or ``implementation`` is not as above, or H does not divide Hv.
+        ValueError: a shape, a dtype or ``implementation`` is not as above, or H does not divide Hv.
     """
     require(q.ndim == 3, "q.shape", q.shape, "three dimensions [B, H, dk]")
     rows, H, dk = q.shape
@@ -59,6 +59,8 @@ def gated_delta_step(
     require(pool.dtype == jnp.float32, "pool.dtype", pool.dtype.name, "float32")
     require_slots(slots, live, rows, pool)
     require_shape("fresh", fresh, (rows,), "B")
+    require_floats(q=q, k=k, v=v, g=g, beta=beta)
+    require_booleans(fresh=fresh)
     options = {"pool": pool, "slots": slots, "live": live, "fresh": fresh}
     module = dispatch.choose("gated_delta.step", implementation, q, k, v, g, beta, **options)
     return module.run(q, k, v, g, beta, **options)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require_shape
+from pallas_kernels.arguments import require_booleans, require_floats, require_shape
 from pallas_kernels.gated_delta.checks import require_inputs
 from pallas_kernels.precision import contract
 from pallas_kernels.tree import live_values, path_sums, state_after
@@ -58,12 +58,14 @@ def gated_delta_window(
         o in the dtype of v, 0 at padding; and the factors from which :func:`gated_delta_commit` makes the state.
 
     Raises:
-        ValueError: a shape or ``implementation`` is not as above, or H does not divide Hv.
+        ValueError: a shape, a dtype or ``implementation`` is not as above, or H does not divide Hv.
     """
     require_inputs(q, k, v, g, beta, "W")
     rows, W, _, dk = q.shape
     Hv, dv = v.shape[2:]
     require_shape("ancestors", ancestors, (rows, W, W), "B, W, W")
+    require_booleans(ancestors=ancestors)
+    require_floats(initial_state=initial_state)
     require_shape("initial_state", initial_state, (rows, Hv, dk, dv), "B, Hv, dk, dv")
     out_dtype = v.dtype
     q, k, v, g, beta = live_values(ancestors, q, k, v, g, beta)

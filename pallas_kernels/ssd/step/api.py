@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require, require_shape
+from pallas_kernels.arguments import require, require_booleans, require_floats, require_shape
 from pallas_kernels.slots import require_slots
 
 
@@ -44,7 +44,7 @@ def ssd_step(
         y in the dtype of x (0 in idle rows), and the pool with the states of these slots after the token.
 
     Raises:
-        ValueError: a shape, the dtype of the pool or ``implementation`` is not as above, or G does not divide H.
+        ValueError: a shape, a dtype or ``implementation`` is not as above, or G does not divide H.
     """
     require(x.ndim == 3, "x.shape", x.shape, "three dimensions [B, H, P]")
     rows, H, P = x.shape
@@ -59,6 +59,8 @@ def ssd_step(
     require(pool.dtype == jnp.float32, "pool.dtype", pool.dtype.name, "float32")
     require_slots(slots, live, rows, pool)
     require_shape("fresh", fresh, (rows,), "B")
+    require_floats(x=x, dt=dt, A=A, B=B, C=C, D=D)
+    require_booleans(fresh=fresh)
     options = {"pool": pool, "slots": slots, "live": live, "fresh": fresh}
     module = dispatch.choose("ssd.step", implementation, x, dt, A, B, C, D, **options)
     return module.run(x, dt, A, B, C, D, **options)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import require_shape
+from pallas_kernels.arguments import require_booleans, require_floats, require_shape
 from pallas_kernels.precision import contract
 from pallas_kernels.ssd.checks import require_inputs
 from pallas_kernels.tree import live_values, path_sums, state_after
@@ -60,11 +60,13 @@ def ssd_window(
         y in the dtype of x, 0 at padding; and the factors from which :func:`ssd_commit` makes the state.
 
     Raises:
-        ValueError: a shape or ``implementation`` is not as above, or G does not divide H.
+        ValueError: a shape, a dtype or ``implementation`` is not as above, or G does not divide H.
     """
     require_inputs(x, dt, A, B, C, D, "W")
     rows, W, H, P = x.shape
     require_shape("ancestors", ancestors, (rows, W, W), "B, W, W")
+    require_booleans(ancestors=ancestors)
+    require_floats(initial_state=initial_state)
     require_shape("initial_state", initial_state, (rows, H, P, B.shape[3]), "B, H, P, N")
     x32, dt, B, C = live_values(ancestors, x, dt, B, C)
     a = dt * A.astype(jnp.float32)
