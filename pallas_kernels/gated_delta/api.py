@@ -47,8 +47,7 @@ def gated_delta(
             float32); None: float32. Decays, the triangular inverse and states are float32 always, and so is all of
             a one-token call.
         implementation: "auto", "mosaic_gpu" (Hopper; bfloat16 operands, dk a multiple of 32 and dv of 64, both from 64
-            to 256, a ``chunk_size`` of at least 64, of which it takes 64, more than one token; gradients are those of
-            "xla"), "xla" or "reference".
+            to 256, a ``chunk_size`` of at least 64, of which it takes 64, more than one token), "xla" or "reference".
 
     Returns:
         o in the dtype of v (finite on padding, otherwise unspecified there), and the float32 state after each

@@ -12,9 +12,12 @@ from pallas_kernels.cases import Arrays, Case
 from pallas_kernels.gated_delta.api import gated_delta
 
 TOKENWISE = ("q", "k", "v", "g", "beta")
+ALL = (*TOKENWISE, "initial_state")
 CHUNK = 64
 # Keys of 256 channels: half of the registers hold the state.
 WIDE_SPILL = 900
+# Backward, SSD's kernels beside sums over 128 keys, and a cotangent of 256 keys.
+SOME_SPILL, WIDE_BACKWARD_SPILL = 150, 1300
 
 
 def unit(x):
@@ -106,4 +109,34 @@ CASES = [
     case("Jet 4B train 4k", 2, 4096, 16, 16, 128, 256, oracle="xla"),
     case("Jet 4B prefill 8k", 1, 8192, 16, 16, 128, 256, (5000, 3000), states=2, oracle="xla"),
     case("wide keys 4k", 1, 4096, 4, 8, 256, 128, oracle="xla", spill_bytes=WIDE_SPILL),
+    case(
+        "tiny documents backward", 1, 140, 1, 2, 64, 64, (3, 70, 1, 60), states=5, gradients=ALL, small=True
+    ),
+    case(
+        "Jet 2B backward 4k", 1, 4096, 12, 12, 96, 256, (2048, 500, 1500), gradients=TOKENWISE, oracle="xla"
+    ),
+    case(
+        "Jet 4B backward 4k",
+        2,
+        4096,
+        16,
+        16,
+        128,
+        256,
+        gradients=TOKENWISE,
+        oracle="xla",
+        spill_bytes=SOME_SPILL,
+    ),
+    case(
+        "wide keys backward 4k",
+        1,
+        4096,
+        4,
+        8,
+        256,
+        128,
+        gradients=TOKENWISE,
+        oracle="xla",
+        spill_bytes=WIDE_BACKWARD_SPILL,
+    ),
 ]

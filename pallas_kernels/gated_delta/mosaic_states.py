@@ -24,7 +24,8 @@ def pass_states(
     pieces: Pieces,
     *,
     stages: int,
-) -> tuple[BFloat16[Array, "B L Hv dv"], BFloat16[Array, "B p Hv dv dk"], Float[Array, "B n Hv dv dk"]]:
+    backward: bool,
+) -> tuple[Array, ...]:
     """What each token writes, the state before each piece, and the states after the pieces that close them.
 
     Args:
@@ -36,10 +37,12 @@ def pass_states(
         start: states that pieces begin with, transposed.
         pieces: where states are kept, of chunks of 64.
         stages: chunks in flight.
+        backward: also what is left of the values without what the states know of them.
 
     Returns:
-        What tokens write, states [B, p, Hv, dv, dk], not written for a piece that does not occur, and final states, not
-        written for a document that no piece closes.
+        What tokens write [B, L, Hv, dv], states [B, p, Hv, dv, dk], not written for a piece that does not occur, final
+        states [B, n, Hv, dv, dk], not written for a document that no piece closes, and with ``backward`` what is left of
+        the values [B, L, Hv, dv]; the third is float32, the others are bfloat16.
     """
     B, L, H, dk = k.shape
     Hv, dv = v.shape[2:]
@@ -49,7 +52,8 @@ def pass_states(
     by_row = layout.reduce(1)
 
     def kernel(k_ref, v_ref, solve_ref, decays_ref, start_ref, ids_ref, table_ref, spans_ref, *refs):
-        new_ref, states_ref, final_ref, k_s, v_s, solve_s, decays_s, ids_s, *own_s = refs
+        (new_ref, states_ref, final_ref, *left_refs), refs = refs[: 3 + backward], refs[3 + backward :]
+        k_s, v_s, solve_s, decays_s, ids_s, *own_s = refs
         narrow_s, wide_s, new_s, scaled_s, ready, began = own_s
         b, h, part = (lax.axis_index(name) for name in ("row", "head", "part"))
         g = lax.div(h, jnp.int32(heads))
@@ -117,6 +121,10 @@ def pass_states(
             S = lax.fori_loop(first, first + spans_ref[b, c, 1], piece, S)
             # After the last piece, which knows the reads of all.
             plgpu.copy_smem_to_gmem(new_s, new_ref.at[b, pl.ds(c * ROWS, ROWS), h, own])
+            for left_ref in left_refs:
+                plgpu.copy_smem_to_gmem(v_s.at[slot], left_ref.at[b, pl.ds(c * ROWS, ROWS), h, own])
+                # The next chunk is fetched to where it leaves from.
+                plgpu.wait_smem_to_gmem(0)
             pl.when(c + stages < total)(lambda: fetch(c + stages))
             plgpu.wait_smem_to_gmem(0)
             plgpu.commit_smem()
@@ -131,6 +139,7 @@ def pass_states(
             jax.ShapeDtypeStruct(v.shape, v.dtype),
             jax.ShapeDtypeStruct((B, pieces.table.shape[1], Hv, dv, dk), v.dtype),
             jax.ShapeDtypeStruct(start.shape, jnp.float32),
+            *[jax.ShapeDtypeStruct(v.shape, v.dtype)] * backward,
         ),
         grid=(dv // ROWS, Hv, B),
         grid_names=("part", "head", "row"),

@@ -29,7 +29,7 @@ def _rows(v: Any, like: Any) -> jax.Array:
 
 
 def output_gradients(
-    x: BFloat16[Array, "B L H P"],
+    x: BFloat16[Array, "B L H P"] | None,
     dy: BFloat16[Array, "B L H P"],
     B: BFloat16[Array, "B L G N"],
     C: BFloat16[Array, "B L G N"],
@@ -40,13 +40,16 @@ def output_gradients(
     *,
     chunk: int,
     tiles: Tiles,
+    name: str = "ssd_output_gradients",
 ) -> tuple[BFloat16[Array, "B L G N"], Float[Array, "B H L"]]:
     """The gradient of C, and per token what its log decay gets from the pairs it ends and from the state it sees.
 
     ``rows``: log decays, base 2, since the document or the chunk began, dt, and the factors of what is added to states;
-    ``inner``: products of the states with the cotangents of the states after their pieces.
+    ``inner``: products of the states with the cotangents of the states after their pieces; x None: what tokens take from
+    the states only, nothing of each other.
     """
-    batch, L, H, P = x.shape
+    within_chunks, x = x is not None, dy if x is None else x
+    batch, L, H, P = dy.shape
     G, N = B.shape[2:]
     blocks, stages, heads = chunk // ROWS, tiles.stages, H // G
     pl, plgpu = compat.pl, compat.plgpu
@@ -118,7 +121,8 @@ def output_gradients(
 
             carry = (dC, full((ROWS,), 0.0, by_row))
             carry = lax.fori_loop(0, spans_ref[b, c, 1], entering, carry)
-            pl.loop(0, jnp.minimum(within + 1, stages))(fetch)
+            count = within + 1 if within_chunks else jnp.int32(0)
+            pl.loop(0, jnp.minimum(count, stages))(fetch)
 
             def inside(j, carry):
                 dC, reach = carry
@@ -136,10 +140,10 @@ def output_gradients(
                 reach = reach + behind(pairs, apart, 0, 1, 0.0).sum(axis=1)
                 dC = mma(dC, slopes.astype(x.dtype), B_s.at[slot])
                 plgpu.commit_smem()
-                pl.when(j + stages <= within)(lambda: fetch(j + stages))
+                pl.when(j + stages < count)(lambda: fetch(j + stages))
                 return dC, reach
 
-            dC, reach = lax.fori_loop(0, within + 1, inside, carry)
+            dC, reach = lax.fori_loop(0, count, inside, carry)
             reach_s[...] = reach
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(reach_s, reach_ref.at[b, h, own])
@@ -155,7 +159,7 @@ def output_gradients(
 
     return compat.mosaic_kernel(
         kernel,
-        name="ssd_output_gradients",
+        name=name,
         out_type=(
             jax.ShapeDtypeStruct(C.shape, C.dtype),
             jax.ShapeDtypeStruct((batch, H, L), jnp.float32),
@@ -195,6 +199,7 @@ def input_gradients(
     *,
     chunk: int,
     tiles: Tiles,
+    name: str = "ssd_input_gradients",
 ) -> tuple[BFloat16[Array, "B L H P"], BFloat16[Array, "B L G N"], Float[Array, "B H 3 L"]]:
     """The gradients of x (the skip included) and of B, and three sums per token.
 
@@ -313,7 +318,7 @@ def input_gradients(
 
     return compat.mosaic_kernel(
         kernel,
-        name="ssd_input_gradients",
+        name=name,
         out_type=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(B.shape, B.dtype),

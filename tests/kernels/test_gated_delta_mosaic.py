@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.gated_delta import mosaic_gpu
-from pallas_kernels.gated_delta.cases import CASES, TOKENWISE, case
+from pallas_kernels.gated_delta import mosaic_cotangents, mosaic_gpu
+from pallas_kernels.gated_delta.cases import ALL, CASES, TOKENWISE, case
 from pallas_kernels.gated_delta.tiles import Tiles
 from pallas_kernels.proof import interpret, lowering, numerics
 from tests.kernels.proof.poison import must_fail
@@ -17,6 +16,12 @@ from tests.kernels.test_ssd_mosaic import layout
 
 SMALL = {c.name: c for c in CASES if c.small}
 KERNELS = ("gated_delta_states", "gated_delta_outputs")
+BACKWARD = (
+    "gated_delta_cotangents",
+    "gated_delta_query_gradients",
+    "gated_delta_read_gradients",
+    "gated_delta_key_gradients",
+)
 TOLERANCE = 8e-3
 
 
@@ -58,26 +63,34 @@ def test_random_layouts_agree_with_the_reference():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("states", [None, 3])
-def test_the_gradients_are_those_of_the_chunks_of_xla(states):
-    names = TOKENWISE if states is None else (*TOKENWISE, "initial_state")
-    one = case("one", 1, 100, 1, 2, 64, 64, (3, 50, 40), states=states)
-    arrays = one.inputs(jax.random.key(0))
-
-    def gradients(implementation):
-        def total(some):
-            outputs = one.call(implementation)({**arrays, **some})
-            return sum(jnp.sum(jnp.sin(3 * o.astype(jnp.float32))) for o in outputs if o is not None)
-
-        return jax.jit(jax.grad(total))({name: arrays[name] for name in names})
-
+def test_interpreted_gradients_agree_with_the_recurrence_and_repeat():
+    """For random cotangents of o and the final states; NaN on padding reaches none of them."""
     with compat.interpreted():
-        got = gradients("mosaic_gpu")
-    wanted = gradients("xla")
-    for name in names:
-        # The cotangents differ by the rounding of the outputs.
-        assert numerics.error(got[name], wanted[name]) < 4e-2, name
-        assert got[name].dtype == arrays[name].dtype and np.abs(got[name]).max() > 0
+        numerics.compare_case(SMALL["tiny documents backward"], "mosaic_gpu").require(TOLERANCE)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("dk", "dv", "documents", "states", "open_ends"),
+    [
+        (96, 128, (60, 57), 1, True),
+        (64, 192, (3, 1, 90, 30), None, False),
+        (256, 64, None, None, False),
+        (128, 256, None, 1, False),
+    ],
+)
+def test_gradients_of_other_widths_agree_with_the_recurrence(dk, dv, documents, states, open_ends):
+    names = TOKENWISE if states is None else ALL
+    options = {"open_ends": open_ends}
+    one = case("one", 1, 130, 1, 1, dk, dv, documents, states=states, gradients=names, options=options)
+    with compat.interpreted():
+        numerics.compare_case(one, "mosaic_gpu", repeat=False).require(TOLERANCE)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("row", "other"), [("SINCE", 2), ("UNTIL", 1), ("READS", 1)])
+def test_another_factor_of_a_cotangent_is_noticed(monkeypatch, row, other):
+    must_fail(monkeypatch, mosaic_cotangents, row, other, SMALL["tiny documents backward"], "mosaic_gpu")
 
 
 @pytest.mark.slow
@@ -103,6 +116,18 @@ def test_forward_lowers_to_kernels_and_what_is_listed(states):
     # Overlaps of keys, and two products at each of three doublings of the inverted blocks.
     assert (found.dots, found.sorts) == (7, 0)
     # The list of pieces gathers integers: a table of 7 for each of 16 chunks and 5 documents.
+    assert found.large_gathers(7 * (16 + 5) + 1) == 0
+
+
+@pytest.mark.slow
+def test_backward_lowers_to_kernels_and_what_is_listed():
+    one = case("lowered", 1, 1000, 2, 4, 96, 256, (600, 300), states=5, gradients=ALL)
+    text = lowering.lower_cuda(one.call("mosaic_gpu"), one.avals())
+    for kernel in (*KERNELS, *BACKWARD):
+        lowering.require_kernel(text, "mosaic_gpu", kernel)
+    found = lowering.outside(text)
+    # Those of forward once more, then the cotangents of the triangles and the two sides of the overlaps of keys.
+    assert (found.dots, found.sorts) == (7 + 7 + 3, 0)
     assert found.large_gathers(7 * (16 + 5) + 1) == 0
 
 
