@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from pallas_kernels import dispatch, records
+from pallas_kernels.proof.interpret import UNSEEN
 
 
 def _summary(op: str) -> str:
@@ -36,7 +37,16 @@ def _devices(op: str, implementation: str) -> str:
         passed = record["passed"].get(op, {}).get(implementation)
         if passed is not None and passed["sources"] == records.sources(op):
             found.append(f"{record['device']} (jax {record['jax']})")
-    return ", ".join(found) or "no device"
+    return ", ".join(found)
+
+
+def _verified(op: str, implementation: str, results: list[dict[str, Any]]) -> str:
+    """Where it ran; and what that leaves out where only the interpreter ran it."""
+    found = _devices(op, implementation)
+    if found or implementation != "mosaic_gpu":
+        return found or "no device"
+    products = any(kernel["wgmma"] for result in results for kernel in result["kernels"])
+    return f"no device; interpreted{f', {UNSEEN}' if products else ''}"
 
 
 def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -58,7 +68,7 @@ def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
                     f"`{name}`",
                     module.BESIDE if own else "-",
                     _compiled(results),
-                    _devices(op, name) if own else "-",
+                    _verified(op, name, results) if own else "-",
                 )
             )
     return found
