@@ -106,6 +106,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         axes.set(xscale="log", title=f"{name}: {task}, {length:,}", xlabel="read, of all tokens before")
         if value == "kl":
             axes.set_yscale("symlog", linthresh=1e-4)
+            axes.set_ylim(0, 2 * max(2e-4, *(r[value] for r in rows)))
             axes.set_ylabel("KL to dense, nats")
         else:
             axes.set_ylim(-0.03, 1.03)
