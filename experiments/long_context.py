@@ -3,9 +3,9 @@
 Command:  python -m experiments.long_context [--model FOLDER] [--quick | --full] [--out FILE]
           Without a folder: a retrieval model by construction, and the trained models of experiments/checkpoints that
           are there (not with --quick).
-Time:     not taken in full on idle cores; --quick half a minute, a line of the built model 12 seconds beside other work, its
-          133 lines half an hour. Compiling is half of that; programs are kept (runs/long_context/programs) for a restart.
-          It takes up where it stopped (runs/long_context), and --report shows what there is by then.
+Time:     all three models about 100 minutes of one core (the one by construction 35, attention 25, the hybrid 40), --quick
+          half a minute. Compiling is half of that; programs are kept (runs/long_context/programs) for a restart. It
+          takes up where it stopped (runs/long_context), and --report shows what there is by then.
 Expected: dense attention answers everything; what evicts forgets what is asked later, and answers about as often as its
           budget is large; what selects by the question finds more.
 
