@@ -83,8 +83,10 @@ def test_gradients_of_other_widths_agree_with_the_recurrence(dk, dv, documents, 
     names = TOKENWISE if states is None else ALL
     options = {"open_ends": open_ends}
     one = case("one", 1, 130, 1, 1, dk, dv, documents, states=states, gradients=names, options=options)
+    # Of wide keys more products of bfloat16 states and cotangents are summed: XLA, which rounds fewer, is at 0.7e-2.
+    tolerance = TOLERANCE * (1.5 if dk >= 128 else 1)
     with compat.interpreted():
-        numerics.compare_case(one, "mosaic_gpu", repeat=False).require(TOLERANCE)
+        numerics.compare_case(one, "mosaic_gpu", repeat=False).require(tolerance)
 
 
 @pytest.mark.nightly
