@@ -11,6 +11,7 @@ from pallas_kernels.quantized_matmul.codes import (
     quantize_weight,
     unpack_codes,
 )
+from pallas_kernels.quantized_matmul.nvfp4 import quantize_nvfp4
 
 __all__ = [
     "QuantizedRows",
@@ -18,6 +19,7 @@ __all__ = [
     "dequantize_rows",
     "dequantize_weight",
     "pack_codes",
+    "quantize_nvfp4",
     "quantize_rows",
     "quantize_weight",
     "quantized_matmul",

@@ -7,13 +7,31 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import require, require_operand_dtype, require_shape
 from pallas_kernels.quantized_matmul.codes import EIGHT_BITS, GROUPS, QuantizedRows, QuantizedWeight
+from pallas_kernels.quantized_matmul.nvfp4 import BLOCK
 
 _FLOATS = ("bfloat16", "float16", "float32")
 # So many products of two codes of 8 bits may not fit into 32 bits.
 _MOST_INPUTS = 2**31 // 128**2
 
 
+def _check_nvfp4(w: QuantizedWeight) -> None:
+    require(w.bits == 4, "w.bits", w.bits, "4 with w.tensor_scale, which NVFP4 only has")
+    kind = w.codes.dtype.name
+    require(kind == "uint8", "w.codes.dtype", kind, "uint8, two codes to a byte, see quantize_nvfp4")
+    require(w.codes.ndim == 2, "w.codes.shape", w.codes.shape, "two dimensions, outputs first")
+    N, K = w.shape
+    require(K > 0 and K % BLOCK == 0, "w.codes.shape", w.codes.shape, f"[N, K / 2], K a multiple of {BLOCK}")
+    require_shape("w.scale", w.scale, (K // BLOCK, N), f"K / {BLOCK}, N")
+    allowed = "float8_e4m3fn with w.tensor_scale (NVFP4)"
+    require(w.scale.dtype == jnp.float8_e4m3fn, "w.scale.dtype", w.scale.dtype.name, allowed)
+    require(w.offset is None, "w.offset", "an array", "None with w.tensor_scale: NVFP4 is symmetric")
+    require_shape("w.tensor_scale", w.tensor_scale, (), "one for all values")
+    require(w.tensor_scale.dtype == jnp.float32, "w.tensor_scale.dtype", w.tensor_scale.dtype.name, "float32")
+
+
 def _check_weight(w: QuantizedWeight) -> None:
+    if w.tensor_scale is not None:
+        return _check_nvfp4(w)
     require(w.bits in (4, 8), "w.bits", w.bits, "4 or 8")
     wanted = ("uint8",) if w.bits == 4 else EIGHT_BITS
     how = "two codes to a byte, see pack_codes" if w.bits == 4 else "one code a byte"
@@ -28,7 +46,8 @@ def _check_weight(w: QuantizedWeight) -> None:
     require(
         fits and w.scale.shape[1] == N, "w.scale.shape", w.scale.shape, f"{allowed}; transpose it if need be"
     )
-    require(w.scale.dtype.name in _FLOATS, "w.scale.dtype", w.scale.dtype.name, f"one of {_FLOATS}")
+    allowed = f"one of {_FLOATS}, or float8_e4m3fn of NVFP4 with w.tensor_scale"
+    require(w.scale.dtype.name in _FLOATS, "w.scale.dtype", w.scale.dtype.name, allowed)
     if w.offset is not None:
         require_shape("w.offset", w.offset, w.scale.shape, "K / group, N")
         require(w.offset.dtype.name in _FLOATS, "w.offset.dtype", w.offset.dtype.name, f"one of {_FLOATS}")
@@ -57,19 +76,20 @@ def quantized_matmul(
 ) -> Float[Array, "M N"]:
     """``y = x @ W.T`` where W is stored in 4 or 8 bits.
 
-    With float x (W4A16, W8A16) the values of the weights are multiplied. With quantised rows (W8A8, W4A8) the codes are:
+    With float x (W4A16, W8A16, NVFP4) the values of the weights are multiplied. With quantised rows (W8A8, W4A8) the codes are:
     ``y[m, n] = sum_g (sum of products of codes in group g) * (x.scale[m, g] * w.scale[g, n])``, the inner sums exact in
     int32, the scales multiplied in float32 (in float16, as in Atom's kernel, they could underflow). Where either has codes
     of float8 the products are exact and their sums are of float32; within 128 inputs the Hopper kernel's keep about 14 bits.
 
     Source: Atom (arXiv 2310.19102), sections B and E of its arithmetic, without the outlier channels.
 
-    Differentiable by x, or by the scale of quantised rows, and by scale and offset of the weights. Codes have no
-    gradient, float8 or not.
+    Differentiable by x, or by the scale of quantised rows, and by scale and offset of the weights; of NVFP4 by
+    tensor_scale. Codes have no gradient, float8 or not, nor have the e4m3 scales of NVFP4.
 
     Args:
         x: rows, or quantised rows, which several products may share.
-        w: the weights; groups of 32, 64 or 128 inputs, or one a row.
+        w: the weights; groups of 32, 64 or 128 inputs, or one a row; or NVFP4, with float x
+            only, whose tensor_scale multiplies the sums in float32.
         operand_dtype: dtype to which x, the values of W and the cotangents are rounded (sums are float32); None keeps
             that of x. Not with quantised rows, whose codes are multiplied.
         out_dtype: dtype of y; None: that of x, or float32 for quantised rows.
@@ -85,6 +105,8 @@ def quantized_matmul(
     require(x.shape[1] == w.shape[1], "x.shape", x.shape, f"K (second) to be {w.shape[1]}, as in w [N, K]")
     require_operand_dtype(operand_dtype)
     if coded:
+        kind = None if w.tensor_scale is None else "NVFP4"
+        require(kind is None, "w", kind, "weights in 4 or 8 bits without tensor_scale, with quantised rows")
         _check_rows(x, w)
         given = None if operand_dtype is None else jnp.dtype(operand_dtype).name
         require(given is None, "operand_dtype", given, "None with quantised rows, whose codes are multiplied")

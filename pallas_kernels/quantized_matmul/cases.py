@@ -50,6 +50,41 @@ def case(
     )
 
 
+def call_nvfp4(*, x: Any, codes: Any, scale: Any, tensor_scale: Any, implementation: str) -> Any:
+    """:func:`call` of NVFP4, its scales given as the bytes that they are."""
+    scale = jax.lax.bitcast_convert_type(scale, jnp.float8_e4m3fn)
+    w = QuantizedWeight(codes, scale, tensor_scale=tensor_scale)
+    return quantized_matmul(x, w, out_dtype=jnp.float32, implementation=implementation)
+
+
+def _inputs_of_nvfp4(M: int, N: int, K: int, key: PRNGKeyArray) -> Arrays:
+    draw = jax.random.split(key, 3)
+    # Every byte but the two that are no numbers.
+    scale = jax.random.randint(draw[2], (K // 16, N), 0, 254, jnp.uint8)
+    return {
+        "x": jax.random.normal(draw[0], (M, K), jnp.bfloat16),
+        "codes": jax.random.bits(draw[1], (N, K // 2), jnp.uint8),
+        "scale": jnp.where(scale >= 127, scale + jnp.uint8(1), scale),
+        "tensor_scale": jnp.float32(2e-3),
+    }
+
+
+def case_of_nvfp4(name: str, stands_for: str, M: int, N: int, K: int, **more: Any) -> Case:
+    """NVFP4 weights at one shape."""
+    # Values are exact.
+    more = {"tolerance": 1e-5} | more
+    return Case(
+        name=name,
+        op="quantized_matmul",
+        function=call_nvfp4,
+        inputs=partial(_inputs_of_nvfp4, M, N, K),
+        stands_for=stands_for,
+        flops=2.0 * M * N * K,
+        bytes_moved=N * K * (1 / 2 + 1 / 16) + 2 * M * (N + K),
+        **more,
+    )
+
+
 def call_codes(
     *, x: Any, x_scale: Any, codes: Any, scale: Any, kind: str, out_dtype: str, implementation: str
 ) -> Any:
@@ -130,6 +165,17 @@ CASES = [
     case(
         "Nano expert M128 group64", "nemotron-3-nano, down projection of experts", 128, 2688, 1856, group=64
     ),
+    case_of_nvfp4("small nvfp4 M40", "three steps of four scales", 40, 128, 192, small=True),
+    case_of_nvfp4(
+        "small nvfp4 gradients",
+        "gradients of a kernel's product",
+        *(3, 128, 128),
+        small=True,
+        gradients=("x", "tensor_scale"),
+        tolerance=1e-2,
+    ),
+    case_of_nvfp4("nvfp4 8B up M16", "nemotron-h-8b, up projection, decode of 16", 16, 21504, 4096),
+    case_of_nvfp4("nvfp4 Nano expert M128", "nemotron-3-nano, down projection of experts", 128, 2688, 1856),
     case_of_codes("small int8 M137", "ragged second tiles of rows and of columns", 137, 192, 192, small=True),
     case_of_codes("small int8 M5", "few rows: turned, in shares of integers", 5, 192, 192, small=True),
     case_of_codes("small int8 M5 group64", "a scale for each group", 5, 192, 192, group=64, small=True),

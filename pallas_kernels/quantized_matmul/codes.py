@@ -7,6 +7,8 @@ its serving kernel). GPTQ's and AWQ's ``(u - z) * scale`` with unsigned u is ``c
 
 Four-bit codes are packed two to a byte along the inputs, plus 8: the even input in the low nibble, the odd one in the
 high one. Scales stand [groups, outputs], so that those of neighbouring outputs are one row of memory.
+
+NVFP4 (see ``nvfp4.py``) is packed alike: codes e2m1 without a bias, scales e4m3 of 16 inputs, times one of the tensor.
 """
 
 from dataclasses import dataclass, field
@@ -34,15 +36,17 @@ class QuantizedWeight:
 
     Attributes:
         codes: u8[N, K / 2] for 4 bits, two to a byte as this file's head says; i8, e4m3 or e5m2[N, K] for 8.
-        scale: float[K / group, N].
+        scale: float[K / group, N]; of NVFP4 e4m3[K / 16, N].
         offset: value of code 0, as scale; None: symmetric.
         bits: 4 or 8.
+        tensor_scale: f32[], a factor of all values, of NVFP4 only, whose codes are then e2m1.
     """
 
     codes: Any
     scale: Any
     offset: Any = None
     bits: int = field(default=4, metadata={"static": True})
+    tensor_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,10 +94,23 @@ def pack_codes(codes: Int[Array, "*rest K"]) -> UInt8[Array, "*rest K2"]:
     return biased[..., 0::2] | (biased[..., 1::2] << 4)
 
 
+def unpack_nibbles(packed: UInt8[Array, "*rest K2"]) -> UInt8[Array, "*rest K"]:
+    """Codes 0..15 as they lie in the bytes."""
+    return jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
 def unpack_codes(packed: UInt8[Array, "*rest K2"]) -> Int8[Array, "*rest K"]:
     """The inverse of :func:`pack_codes`."""
-    both = jnp.stack([packed & 15, packed >> 4], axis=-1).astype(jnp.int8) - jnp.int8(BIAS)
-    return both.reshape(*packed.shape[:-1], -1)
+    return unpack_nibbles(packed).astype(jnp.int8) - jnp.int8(BIAS)
+
+
+def e2m1_halves(nibbles: UInt8[Array, "*rest"]) -> Int8[Array, "*rest"]:
+    """Twice the values of e2m1 codes 0..15, which are integers: 0, 1, 2, 3, 4, 6, 8, 12, and negative from code 8 on."""
+    bits = nibbles.astype(jnp.int8)
+    magnitude = bits & jnp.int8(7)
+    most = jnp.where(magnitude == 7, jnp.int8(2), jnp.int8(0))
+    twice = magnitude + jnp.maximum(magnitude - jnp.int8(4), jnp.int8(0)) + most
+    return jnp.where(bits > 7, -twice, twice)
 
 
 def _in_range(code_dtype: DTypeLike) -> tuple[Any, float]:
@@ -173,7 +190,9 @@ def quantize_weight(
 
 
 def signed_codes(w: QuantizedWeight) -> Int8[Array, "N K"] | Float[Array, "N K"]:
-    """The codes themselves, unpacked."""
+    """The codes themselves, unpacked; of NVFP4 their values."""
+    if w.tensor_scale is not None:
+        return e2m1_halves(unpack_nibbles(w.codes)).astype(jnp.float32) * 0.5
     return w.codes if w.bits == 8 else unpack_codes(w.codes)
 
 
@@ -184,6 +203,8 @@ def dequantize_weight(w: QuantizedWeight) -> Float[Array, "N K"]:
         return jnp.repeat(x.astype(jnp.float32).T, w.group, axis=1)
 
     values = signed_codes(w).astype(jnp.float32) * wide(w.scale)
+    if w.tensor_scale is not None:
+        return values * w.tensor_scale
     return values if w.offset is None else values + wide(w.offset)
 
 

@@ -1,4 +1,4 @@
-"""Weights in 4 bits times bfloat16 rows, and codes of 8 bits times codes of 8 bits, on Hopper.
+"""Weights in 4 bits, NVFP4 among them, times bfloat16 rows, and codes of 8 bits times codes of 8 bits, on Hopper.
 
 Of few rows the kernels leave sums of shares, transposed, that XLA adds up.
 """
@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import tiles
 from pallas_kernels.quantized_matmul import mosaic_codes, mosaic_kernel, xla
@@ -48,7 +49,10 @@ def supports(x, w: QuantizedWeight, *, operand_dtype, **_options) -> str | None:
     for name, dtype in (("x", x.dtype), ("operands", operand_dtype or x.dtype)):
         if dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, not {jnp.dtype(dtype).name}"
-    if w.group not in _GROUPS:
+    if w.tensor_scale is not None:
+        if w.shape[1] % _GROUPS[0]:
+            return f"inputs of NVFP4 in multiples of {_GROUPS[0]}, not {w.shape[1]}"
+    elif w.group not in _GROUPS:
         return f"groups of 64 or 128 inputs, not {w.group}"
     if w.shape[0] % OUTPUTS:
         return f"outputs in multiples of {OUTPUTS}, not {w.shape[0]}"
@@ -71,19 +75,26 @@ def splits_of(asked: int, programs: int, groups: int) -> int:
 def product(x, w: QuantizedWeight, _dtype, out_dtype):
     """``x @ W.T``; x is bfloat16."""
     (M, K), (N, _), group = x.shape, w.shape, w.group
+    nvfp4 = w.tensor_scale is not None
+    if nvfp4:
+        group = next(size for size in reversed(_GROUPS) if K % size == 0)
     columns = columns_of(M)
     blocks = -(-M // columns)
     x = jnp.pad(x, ((0, blocks * columns - M), (0, 0)))
     # A power of two: nothing is rounded.
-    halves = jnp.stack([x[:, 0::2], x[:, 1::2] * (1 / HIGH)])
-    sums = x.astype(jnp.float32).reshape(blocks, columns, K // group, group).sum(axis=3)
-    config = tiles.tiles("quantized_matmul", f"4 bits group{group} M{columns}", Tiles())
+    halves = jnp.stack([x[:, 0::2], x[:, 1::2] * (1 if nvfp4 else 1 / HIGH)])
+    sums = jnp.zeros((blocks, columns, K // group))
+    if not nvfp4:
+        sums = x.astype(jnp.float32).reshape(*sums.shape, group).sum(axis=3)
+    scale = lax.bitcast_convert_type(w.scale, jnp.uint8) if nvfp4 else w.scale
+    kind = "nvfp4" if nvfp4 else "4 bits"
+    config = tiles.tiles("quantized_matmul", f"{kind} group{group} M{columns}", Tiles())
     shares = mosaic_kernel.launch(
-        *(halves, jnp.swapaxes(sums, 1, 2), w.codes, w.scale, w.offset),
+        *(halves, jnp.swapaxes(sums, 1, 2), w.codes, scale, w.offset),
         config=config,
         splits=splits_of(config.splits, N // OUTPUTS * blocks, K // group),
     )
-    return shares.sum(axis=0)[:, :M].T.astype(out_dtype)
+    return xla.scaled(shares.sum(axis=0)[:, :M].T, w).astype(out_dtype)
 
 
 def _of_codes(x, x_scale, codes, scale, out_dtype):
@@ -141,5 +152,5 @@ def run(x, w, *, operand_dtype, out_dtype):
     if isinstance(x, QuantizedRows):
         return product_of_codes(x.codes, x.scale, w.codes, w.scale, out_dtype)
     return xla.differentiable(
-        product, x, w.codes, w.scale, w.offset, w.bits, jnp.dtype(jnp.bfloat16), out_dtype
+        product, x, w.codes, w.scale, w.offset, w.tensor_scale, w.bits, jnp.dtype(jnp.bfloat16), out_dtype
     )

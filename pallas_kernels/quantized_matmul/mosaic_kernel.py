@@ -5,6 +5,9 @@ size is fixed at 64, and x may be as few as 8 columns. Two warpgroups have 64 ou
 third one brings. Codes 0..15 are exact in bfloat16, so nothing is rounded before the sums of a group, which are scaled in
 float32; the bias of the codes and the offset are one term more, times the sum of x over the group. The high nibble is not
 shifted down: it is read 16 times too large, and the odd inputs that it meets were made as much smaller.
+
+Codes of NVFP4 become values in registers, e2m1 times e4m3, exact in bfloat16, and one sum runs over all inputs. The 16
+inputs of a scale are 8 bytes, thus 8 columns of either operand.
 """
 
 from dataclasses import dataclass
@@ -41,6 +44,28 @@ class Tiles:
         return [Tiles(stages, splits) for stages in (0, 4) for splits in (0, 1, 2, 4, 8)]
 
 
+def scales_wide(blocks: list[jax.Array], shape: tuple[int, int], layout: Any) -> jax.Array:
+    """f32[ROWS, columns], half of each value's e4m3 scale, of its bytes i32[ROWS] by blocks of 8 columns."""
+    block = mosaic.iota(shape, 1, layout) >> 3
+    wide: Any = None
+    for number, bits in enumerate(blocks):
+        # The exponent of float32 is 120 more; the least ones of e4m3 have none, nor has 127 a number.
+        magnitude = bits & 127
+        normal = lax.bitcast_convert_type((magnitude << 20) + (119 << 23), jnp.float32)
+        half = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 2.0**-10, normal)
+        half = jnp.where(magnitude == 127, jnp.float32(jnp.nan), jnp.where(bits > 127, -half, half))
+        half = lax.broadcast_in_dim(half, shape, [0])
+        wide = half if wide is None else jnp.where(block == number, half, wide)
+    return wide
+
+
+def e2m1_halves(nibbles: jax.Array) -> jax.Array:
+    """f32, twice the values of e2m1 codes i32 0..15."""
+    magnitude = nibbles & 7
+    twice = magnitude + jnp.maximum(magnitude - 4, 0) + jnp.where(magnitude == 7, 2, 0)
+    return jnp.where(nibbles > 7, -twice, twice).astype(jnp.float32)
+
+
 def stages_of(config: Tiles, group: int, columns: int) -> int:
     """Groups in flight."""
     each = OUTPUTS * group // 2 + columns * group * 2 + OUTPUTS * 8 + columns * 4
@@ -52,9 +77,10 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
 
     Args:
         x: bf16[2, M, K / 2], even inputs, and odd ones HIGH times too small; M a multiple of the columns of a tile.
-        sums: f32[blocks, G, columns], the sum of x over each group, by blocks of columns of the result.
+        sums: f32[blocks, G, columns], the sum of x over each group, by blocks of columns of the result; of NVFP4 only
+            its shape counts, a group being what a step takes.
         codes: u8[N, K / 2], N a multiple of OUTPUTS.
-        scale: [G, N].
+        scale: [G, N]; of NVFP4 the bytes u8[K / 16, N].
         offset: as scale, or None.
     """
     pl, plgpu = compat.pl, compat.plgpu
@@ -65,6 +91,8 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
     layout = plgpu.Layout.WGMMA
     by_row, by_column = layout.reduce(1), layout.reduce(0)
     affine = [scale] if offset is None else [scale, offset]
+    nvfp4 = scale.dtype == jnp.uint8
+    blocks_of_step = scale.shape[0] // groups
 
     def body(x_ref, sums_ref, codes_ref, *refs):
         affine_refs, (out, x_s, sums_s, codes_s, affine_s, out_s, ready, free) = (
@@ -84,6 +112,10 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
                 plgpu.copy_gmem_to_smem(codes_ref.at[outputs, inputs], codes_s.at[stage], done)
                 rows = x_ref.at[:, pl.ds(m * columns, columns), inputs]
                 plgpu.copy_gmem_to_smem(rows, x_s.at[stage], done)
+                if nvfp4:
+                    those = affine_refs[0].at[pl.ds(group * blocks_of_step, blocks_of_step), outputs]
+                    plgpu.copy_gmem_to_smem(those, affine_s[0].at[stage], done)
+                    return
                 plgpu.copy_gmem_to_smem(sums_ref.at[m, group], sums_s.at[stage], done)
                 for index, ref in enumerate(affine_refs):
                     plgpu.copy_gmem_to_smem(ref.at[group, outputs], affine_s[index].at[stage], done)
@@ -98,9 +130,26 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
             def wide(vector, axis):
                 return lax.broadcast_in_dim(vector.astype(jnp.float32), (ROWS, columns), [axis])
 
+            def of_values(stage, total):
+                both = mosaic.load(codes_s.at[stage, own], layout).astype(jnp.int32)
+                each = [
+                    mosaic.load(affine_s[0].at[stage, block, own], by_row).astype(jnp.int32)
+                    for block in range(blocks_of_step)
+                ]
+                gain = scales_wide(each, (ROWS, width), layout)
+                for part, nibbles in enumerate((both & _LOW, both >> 4)):
+                    operand = (e2m1_halves(nibbles) * gain).astype(jnp.bfloat16)
+                    total = mosaic.mma(total, operand, x_s.at[stage, part], transpose_b=True)
+                return total
+
             def step(index, total):
                 stage = lax.rem(index, jnp.int32(stages))
                 plgpu.barrier_wait(ready.at[stage])
+                if nvfp4:
+                    total = of_values(stage, total)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(free.at[stage])
+                    return total
                 both = mosaic.load(codes_s.at[stage, own], layout)
                 product: Any = None
                 for part, mask in enumerate((_LOW, _HIGH)):
@@ -123,7 +172,8 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
             plgpu.copy_smem_to_gmem(out_s.at[own], to)
             plgpu.wait_smem_to_gmem(0)
 
-    vectors = [plgpu.SMEM((stages, OUTPUTS), each.dtype) for each in affine]
+    many = (blocks_of_step,) if nvfp4 else ()
+    vectors = [plgpu.SMEM((stages, *many, OUTPUTS), each.dtype) for each in affine]
     run = compat.mosaic_kernel(
         body,
         name="quantized_matmul",
@@ -134,7 +184,7 @@ def launch(x: Any, sums: Any, codes: Any, scale: Any, offset: Any, *, config: Ti
             matrices((stages, OUTPUTS, width), jnp.uint8),
             vectors,
             matrices((OUTPUTS, columns), jnp.float32),
-            plgpu.Barrier(num_arrivals=3 + len(affine), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3 if nvfp4 else 3 + len(affine), num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         ),
         grid=(splits, N // OUTPUTS, blocks),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantized_matmul.codes import BIAS, QuantizedRows, QuantizedWeight
+from pallas_kernels.quantized_matmul.codes import BIAS, QuantizedRows, QuantizedWeight, e2m1_halves
 from pallas_kernels.target import target
 
 REASON = "values of a block of outputs at a time, codes multiplied as codes"
@@ -61,6 +61,10 @@ def _wide(x, w: QuantizedWeight):
 
 
 def _values(w: QuantizedWeight, dtype):
+    """[n, K] in the order of :func:`split`; of NVFP4 without the tensor's scale, exact in every dtype."""
+    if w.tensor_scale is not None:
+        halves = e2m1_halves(jnp.concatenate([w.codes & 15, w.codes >> 4], axis=-1))
+        return (halves.astype(jnp.float32) * _wide(w.scale, w) * 0.5).astype(dtype)
     values = _codes(w.codes, w.bits).astype(jnp.float32) * _wide(w.scale, w)
     return (values if w.offset is None else values + _wide(w.offset, w)).astype(dtype)
 
@@ -73,7 +77,9 @@ def _blocks(w: QuantizedWeight, itemsize: int, body, start):
         def along(x, axis):
             return None if x is None else lax.dynamic_slice_in_dim(x, first, block, axis)
 
-        return QuantizedWeight(along(w.codes, 0), along(w.scale, 1), along(w.offset, 1), w.bits)
+        return QuantizedWeight(
+            along(w.codes, 0), along(w.scale, 1), along(w.offset, 1), w.bits, w.tensor_scale
+        )
 
     if block == N:
         return body(0, w, start)
@@ -90,6 +96,11 @@ def _dot(spec, a, b):
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def scaled(sums, w: QuantizedWeight):
+    """Sums of products times the scale of the tensor, where it has one."""
+    return sums if w.tensor_scale is None else sums * w.tensor_scale
+
+
 def _at_least(x, rows):
     return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0)))
 
@@ -102,7 +113,7 @@ def forward(x, w: QuantizedWeight, dtype, out_dtype):
         rows = _at_least(rows, _LEAST_ROWS)
 
     def body(first, block, y):
-        out = _dot("mk,nk->mn", rows, _values(block, dtype)).astype(out_dtype)
+        out = scaled(_dot("mk,nk->mn", rows, _values(block, dtype)), w).astype(out_dtype)
         return lax.dynamic_update_slice_in_dim(y, out, first, 1)
 
     y = _blocks(w, jnp.dtype(dtype).itemsize, body, jnp.zeros((rows.shape[0], N), out_dtype))
@@ -118,7 +129,7 @@ def _own(g, first, block, N):
 
 
 def gradient_of_rows(g, w: QuantizedWeight, dtype, out_dtype):
-    """``g @ W``: the values are made again, so that nothing of the weights is kept for it."""
+    """``g @ W``, the scale of the tensor left out: values are made again, nothing of the weights is kept for it."""
     g = g.astype(dtype)
 
     def body(first, block, dx):
@@ -148,22 +159,27 @@ def gradients_of_scales(g, x, w: QuantizedWeight, dtype):
     return scale.astype(w.scale.dtype), None if w.offset is None else offset[0].astype(w.offset.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))
-def differentiable(product, x, codes, scale, offset, bits, dtype, out_dtype):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 6, 7, 8))
+def differentiable(product, x, codes, scale, offset, tensor_scale, bits, dtype, out_dtype):
     """``product(x, w, dtype, out_dtype)`` of float rows, whose gradients XLA computes."""
-    return product(x, QuantizedWeight(codes, scale, offset, bits), dtype, out_dtype)
+    return product(x, QuantizedWeight(codes, scale, offset, bits, tensor_scale), dtype, out_dtype)
 
 
-def _fwd(product, x, codes, scale, offset, bits, dtype, out_dtype):
-    y = product(x, QuantizedWeight(codes, scale, offset, bits), dtype, out_dtype)
-    return y, (x, codes, scale, offset)
+def _fwd(product, x, codes, scale, offset, tensor_scale, bits, dtype, out_dtype):
+    y = product(x, QuantizedWeight(codes, scale, offset, bits, tensor_scale), dtype, out_dtype)
+    return y, (x, codes, scale, offset, tensor_scale)
 
 
 def _bwd(_product, bits, dtype, _out_dtype, residuals, g):
-    x, codes, scale, offset = residuals
-    w = QuantizedWeight(codes, scale, offset, bits)
+    x, codes, scale, offset, tensor_scale = residuals
+    w = QuantizedWeight(codes, scale, offset, bits, tensor_scale)
+    if tensor_scale is not None:
+        # Scales of blocks are codes too. By the tensor's the derivative of the sum of g * y is that by x, times x.
+        dx = gradient_of_rows(g, w, dtype, jnp.float32)
+        of_tensor = (dx * x.astype(dtype).astype(jnp.float32)).sum()
+        return scaled(dx, w).astype(x.dtype), None, None, None, of_tensor
     # Loops of their own, so that the one whose result nobody wants is dropped.
-    return gradient_of_rows(g, w, dtype, x.dtype), None, *gradients_of_scales(g, x, w, dtype)
+    return gradient_of_rows(g, w, dtype, x.dtype), None, *gradients_of_scales(g, x, w, dtype), None
 
 
 differentiable.defvjp(_fwd, _bwd)
@@ -209,4 +225,4 @@ def run(x, w, *, operand_dtype, out_dtype):
     if isinstance(x, QuantizedRows):
         return codes_by_codes(x, w, out_dtype)
     dtype = jnp.dtype(operand_dtype or x.dtype)
-    return differentiable(forward, x, w.codes, w.scale, w.offset, w.bits, dtype, out_dtype)
+    return differentiable(forward, x, w.codes, w.scale, w.offset, w.tensor_scale, w.bits, dtype, out_dtype)
