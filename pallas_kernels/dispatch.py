@@ -31,7 +31,7 @@ IMPLEMENTATIONS = {
     "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),
     "paged_attention.page_scores": ("xla", "reference"),
     "quantized_matmul": ("mosaic_gpu", "xla", "reference"),
-    "segmented_matmul": ("xla", "reference"),
+    "segmented_matmul": ("mosaic_gpu", "xla", "reference"),
     "ssd": ("mosaic_gpu", "xla", "reference"),
     "ssd.step": ("mosaic_gpu", "xla", "reference"),
     "ssd.window": ("xla", "reference"),

@@ -72,6 +72,29 @@ def feed(count: Any, stages: int, free: Any, fetch: Callable[[Any, Any], None]) 
         plgpu.barrier_wait(free.at[jax.lax.rem(step, jnp.int32(stages))])
 
 
+def write_rows(held: Any, place: Callable[[Any], Any], base: Any, first: Any, end: Any) -> None:
+    """Starts copies of those rows of a tile that lie in [first, end), in pieces of powers of two.
+
+    Args:
+        held: the tile in shared memory, committed; not tiled, for pieces of it begin at any row, and of rows of a multiple
+            of 128 bytes, where the copy engine may begin. A power of two of rows.
+        place: from a slice of rows to the ref that receives them.
+        base: row of the first of the tile.
+        first: first row that is copied.
+        end: after the last one.
+    """
+    pl, size = compat.pl, held.shape[0]
+    begin = jnp.clip(first - base, 0, size)
+    rows = jnp.clip(end - base, 0, size) - begin
+    while size:
+
+        @pl.when((rows & size) != 0)
+        def _piece(begin=begin, size=size):
+            compat.plgpu.copy_smem_to_gmem(held.at[pl.ds(begin, size)], place(pl.ds(base + begin, size)))
+
+        begin, size = begin + (rows & size), size // 2
+
+
 def cast_layout(x: jax.Array, layout: Any) -> jax.Array:
     """``plgpu.layout_cast``, nothing at all where interpreted."""
     return x if compat.interpreting() else compat.plgpu.layout_cast(x, layout)

@@ -84,18 +84,8 @@ def rows_by_experts(
             mosaic.store(out_s.at[thread], total.astype(x.dtype), optimized=False)
             plgpu.commit_smem()
             base = tile * config.rows + row_part * ROWS
-            begin = jnp.clip(first - base, 0, ROWS)
-            rows = jnp.clip(end - base, 0, ROWS) - begin
             own = pl.ds(column * columns + column_part * width, width)
-            size = ROWS
-            while size:
-
-                @pl.when((rows & size) != 0)
-                def _piece(begin=begin, size=size):
-                    to = out_ref.at[pl.ds(base + begin, size), own]
-                    plgpu.copy_smem_to_gmem(out_s.at[thread, pl.ds(begin, size)], to)
-
-                begin, size = begin + (rows & size), size // 2
+            mosaic.write_rows(out_s.at[thread], lambda rows: out_ref.at[rows, own], base, first, end)
             plgpu.wait_smem_to_gmem(0)
 
     w_block = (width, DEPTH) if transposed else (DEPTH, width)

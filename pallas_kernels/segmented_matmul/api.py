@@ -34,7 +34,7 @@ def segmented_matmul(
             are those of slots without rows. A row whose slot is outside gives NaN.
         operand_dtype: dtype to which x, the factors and cotangents are rounded; what stands between the two products is
             float32 in any case, as are sums. None keeps the dtype of x.
-        implementation: "auto", "xla" or "reference".
+        implementation: "auto", "mosaic_gpu", "xla" or "reference".
 
     Returns:
         y in the dtype of x. Rows of slot 0 are zero, and so are the gradients of their x and of slots without rows.

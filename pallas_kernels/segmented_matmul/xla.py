@@ -21,7 +21,7 @@ def supports(*_args, **_options) -> str | None:
     return None
 
 
-def _by_slot(slots, S: int) -> Plan:
+def by_slot(slots, S: int) -> Plan:
     """Rows sorted by slot; those of slot 0 and of no slot come last, where no adapter is run."""
     return plan(jnp.where((slots > 0) & (slots < S), slots, S)[:, None], S)
 
@@ -38,7 +38,7 @@ def _sorted(rows, order, block, dtype):
     return jnp.pad(rows.astype(dtype)[order], ((0, block), (0, 0)))
 
 
-def _unsorted(rows, p: Plan, dtype):
+def unsorted(rows, p: Plan, dtype):
     """Rows back in their places; zeros where no adapter was run."""
     place = p.inverse[:, 0]
     return jnp.where((place < jnp.sum(p.sizes))[:, None], rows[place], 0).astype(dtype)
@@ -49,7 +49,7 @@ def _factors(a, b, slot, dtype):
 
 
 def _forward(x, a, b, scaling, slots, dtype):
-    p = _by_slot(slots, len(a))
+    p = by_slot(slots, len(a))
     block = block_rows(len(x), len(a))
     busy = busy_experts(p.sizes)
     rows = _sorted(x, p.order, block, dtype)
@@ -67,14 +67,14 @@ def _forward(x, a, b, scaling, slots, dtype):
         return lax.fori_loop(0, -(-busy.rows[i] // block), step, y)
 
     start = jnp.zeros((len(rows), b.shape[2]), jnp.float32)
-    y = _unsorted(lax.fori_loop(0, busy.count, adapter, start), p, x.dtype)
+    y = unsorted(lax.fori_loop(0, busy.count, adapter, start), p, x.dtype)
     known = (slots >= 0) & (slots < len(a))
     return jnp.where(known[:, None], y, jnp.nan)
 
 
 def _gradients(x, a, b, scaling, slots, g, dtype):
     """Of x (in order of slots, float32), a, b and scaling."""
-    p = _by_slot(slots, len(a))
+    p = by_slot(slots, len(a))
     block = block_rows(len(x), len(a))
     busy = busy_experts(p.sizes)
     rows, cotangents = (_sorted(w, p.order, block, dtype) for w in (x, g))
@@ -125,7 +125,7 @@ def _segmented_fwd(x, a, b, scaling, slots, dtype):
 def _segmented_bwd(dtype, residuals, g):
     x, a, b, scaling, slots, x_like = residuals
     dx, p, pools = _gradients(x, a, b, scaling, slots, g, dtype)
-    return _unsorted(dx, p, x_like.dtype), *pools, None
+    return unsorted(dx, p, x_like.dtype), *pools, None
 
 
 _segmented.defvjp(_segmented_fwd, _segmented_bwd)

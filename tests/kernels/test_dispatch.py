@@ -43,7 +43,7 @@ def test_explain_names_what_auto_takes_for_every_op():
     assert all(row.implementation == "xla" and len(row.reason) > 20 and not row.unverified for row in rows)
     reasons = {row.op: row.reason for row in rows}
     assert reasons["attention"].endswith("cudnn: it needs an NVIDIA GPU, not cpu")
-    assert reasons["segmented_matmul"].endswith("no GPU kernel of this op is present")
+    assert reasons["ssd.window"].endswith("no GPU kernel of this op is present")
 
 
 def test_explain_says_what_lacks_a_record(h200):

@@ -200,7 +200,7 @@ def test_values_and_gradients_are_those_of_peft():
         ({"slots": np.zeros(ROWS, np.float32)}, "slots.dtype='float32': expected integers"),
         ({"b": np.zeros((SLOTS, RANK, N), np.int8)}, "b.dtype='int8': expected a floating dtype"),
         ({"operand_dtype": jnp.int8}, "operand_dtype='int8'"),
-        ({"implementation": "mosaic_gpu"}, "expected one of 'auto', 'xla', 'reference'"),
+        ({"implementation": "mosaic_gpu"}, "needs a Hopper GPU, not cpu"),
     ],
 )
 def test_bad_input_is_named(own_checks, change, message):
