@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
+from pallas_kernels.proof import numerics
 from pallas_kernels.ssd.cases import GRADIENTS, case
-from tests.kernels.test_ssd_mosaic import UNIT, layout
+from pallas_kernels.ssd.tiles import Tiles
+from pallas_kernels.tiles import using
+from tests.kernels.kernel_cases import normal
+from tests.kernels.test_ssd_mosaic import TOLERANCE, UNIT, layout, recurrence
 
 T, DOCUMENTS = 128, 4
 # Roundings to bfloat16 of a term: a state or its cotangent, a weighted operand, and the result where it is bfloat16. A and D
@@ -78,3 +82,50 @@ def test_every_gradient_is_the_adjoint_where_nothing_cancels():
             scale = w - 2 * plain["A"] * wanted["a"] if name == "dt" else w
             worst = (np.abs(g - w) / np.where(scale == 0, 1, scale)).max()
             assert worst <= ROUNDINGS[name] * UNIT, (name, worst / UNIT)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "P", "states", "documents"),
+    [
+        pytest.param(64, 128, None, (3, 1, 90, 30), marks=pytest.mark.nightly),
+        pytest.param(256, 64, 2, (150, 40), marks=pytest.mark.slow),
+        pytest.param(128, 64, 1, None, marks=pytest.mark.nightly),
+    ],
+)
+def test_every_chunk_size_and_way_to_keep_states(chunk, P, states, documents):
+    """Outputs, final states and every gradient, for random cotangents and with NaN on padding."""
+    tokens = 196 if chunk == 256 else 130
+    names = tuple(name for name in GRADIENTS if states is not None or name != "initial_state")
+    one = case("one", 1, tokens, 1, 1, P, 64, documents, states=states, options={"chunk_size": chunk})
+    arrays = one.inputs(jax.random.key(0))
+    ids = np.asarray(arrays.get("segment_ids", np.ones((1, tokens), np.int32)))
+    live, n = ids[0] > 0, states or len(documents or (1,))
+    dy = np.where(live[:, None], normal(1, tokens, P), 0).astype(jnp.bfloat16)
+    dfinal = normal(2, n, P, 64) if states else np.zeros((n, P, 64), np.float32)
+    padding = one.padding(arrays) if one.padding else {}
+    poisoned = {
+        name: jnp.where(padding[name], jnp.nan, a) if name in padding else a for name, a in arrays.items()
+    }
+
+    def both(arrays, dy, dfinal):
+        def outputs(some):
+            return one.function(**{**arrays, **some}, **one.options, implementation="mosaic_gpu")
+
+        found, pull = jax.vjp(outputs, {name: arrays[name] for name in names})
+        return found, pull((dy, dfinal if states else None))[0]
+
+    with compat.interpreted(), using("ssd", f"P{P} N64", Tiles(chunk=256, stages=2)):
+        (y, final), got = jax.jit(both)(poisoned, dy[None, :, None], dfinal[None, :, None])
+    exact = {"initial_state": jnp.zeros((1, n, 1, P, 64)), **arrays, "segment_ids": ids}
+    wanted_y, wanted_states = recurrence(exact)
+    assert numerics.error(y[0, :, 0], wanted_y, ~live[:, None]) < TOLERANCE
+    assert final is None or numerics.error(final[0, :, 0], wanted_states) < TOLERANCE
+    plain = {name: np.asarray(exact[name], np.float64)[0] for name in GRADIENTS}
+    plain |= {name: plain[name][:, 0] for name in ("x", "dt", "B", "C", "initial_state")}
+    wanted = adjoint(plain, ids[0], dy.astype(np.float64), dfinal.astype(np.float64))
+    for name in (name for name in names if name != "A"):
+        g = np.asarray(got[name], np.float64).reshape(wanted[name].shape)
+        assert numerics.error(g, wanted[name]) < TOLERANCE, name
+    # One sum over all tokens, which nearly cancels: as exact as what it sums.
+    terms = np.sum(np.abs(plain["dt"] * wanted["a"]))
+    assert np.abs(np.asarray(got["A"], np.float64) - wanted["A"]).max() < TOLERANCE * terms

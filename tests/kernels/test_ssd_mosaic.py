@@ -28,7 +28,6 @@ from pallas_kernels.ssd.pieces import (
     one_per_document,
 )
 from pallas_kernels.ssd.tiles import Tiles
-from pallas_kernels.tiles import using
 from tests.kernels.proof.poison import must_fail
 
 SMALL = {c.name: c for c in CASES if c.small}
@@ -57,33 +56,6 @@ def test_interpreted_outputs_and_states_agree_with_the_reference_and_repeat():
 def test_interpreted_gradients_agree_with_the_reference_and_repeat(name):
     with compat.interpreted():
         numerics.compare_case(SMALL[name], "mosaic_gpu").require(TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("chunk", "P", "states", "documents"),
-    [
-        pytest.param(64, 128, None, (3, 1, 90, 30), marks=pytest.mark.nightly),
-        pytest.param(256, 64, 2, (150, 40), marks=pytest.mark.slow),
-        pytest.param(128, 64, 1, None, marks=pytest.mark.nightly),
-    ],
-)
-def test_every_chunk_size_and_way_to_keep_states(chunk, P, states, documents):
-    one = case(
-        "one",
-        1,
-        196 if chunk == 256 else 130,
-        1,
-        1,
-        P,
-        64,
-        documents,
-        states=states,
-        # One head's gradient of A is a single sum that nearly cancels: bfloat16 operands leave it few digits in XLA too.
-        gradients=tuple(name for name in inputs_of(states) if name != "A"),
-        options={"chunk_size": chunk},
-    )
-    with compat.interpreted(), using("ssd", f"P{P} N64", Tiles(chunk=256, stages=2)):
-        numerics.compare_case(one, "mosaic_gpu", repeat=False).require(TOLERANCE)
 
 
 def layout(seed: int, T: int, n: int) -> np.ndarray:
