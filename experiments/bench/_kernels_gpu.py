@@ -27,7 +27,8 @@ def _product(repeats: int, size: int) -> float:
     return 2 * size**3 / product
 
 
-def _copy(repeats: int, megabytes: int) -> float:
+def copy_bytes(repeats: int, megabytes: int) -> float:
+    """Bytes/s of a copy, each byte read and written."""
     words = jnp.zeros(megabytes * 2**18, jnp.int32)
     return 2 * words.nbytes / seconds(lambda w: w + 1, words, repeats=repeats)
 
@@ -40,7 +41,7 @@ def bounds(repeats: int, size: int = 8192, megabytes: int = 2048) -> dict[str, A
     found, errors = {}, {}
     for name, measured in (
         ("flops_per_s", lambda: _product(repeats, size)),
-        ("bytes_per_s", lambda: _copy(repeats, megabytes)),
+        ("bytes_per_s", lambda: copy_bytes(repeats, megabytes)),
     ):
         try:
             found[name] = measured()

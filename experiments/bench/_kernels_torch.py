@@ -1,4 +1,4 @@
-"""Attention and paged decode on the CPU beside torch's, on the same cores, turn by turn in one process.
+"""Ops on the CPU beside torch's, on the same cores, turn by turn in one process; the pairs of attention and paged decode.
 
 torch has no paged attention on a CPU: its rows gather the pages and call ``scaled_dot_product_attention``, or read a
 static cache with it. Every pair must give the same numbers before it is timed.
@@ -7,7 +7,7 @@ static cache with it. Every pair must give the same numbers before it is timed.
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,24 @@ DTYPES = ("float32", "bfloat16")
 AIM = 1.5
 # Largest difference of the outputs, of values around 1.
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
+# Calls at least, and the seconds after which no further one begins.
+LEAST, PATIENCE = 3, 20.0
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One call in both libraries; each returns something that numpy can read, when it is done."""
+    """One call in both libraries; each returns something that numpy can read, when it is done.
+
+    ``flops`` and ``bytes``, where they are counted, are what it must do at least: their time is the bound.
+    """
 
     case: str
     dtype: str
     mode: str
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
+    flops: float | None = None
+    bytes: float | None = None
 
 
 def torch_threads() -> str | None:
@@ -113,7 +120,11 @@ def prompts(quick: bool) -> Iterator[Pair]:
             def plain(*leaves: Any) -> Any:
                 return _sdpa(*leaves, True).transpose(1, 2)
 
-            yield Pair(name, dtype, "forward", _ours(forward, *ours), _without_gradients(plain, *theirs))
+            # Of the pairs that are not back in time; backward makes the scores anew, and four more products.
+            work = {"flops": 2.0 * B * T * T * H * D}
+            yield Pair(
+                name, dtype, "forward", _ours(forward, *ours), _without_gradients(plain, *theirs), **work
+            )
             run = _ours(both, *ours)
             yield Pair(
                 name,
@@ -121,7 +132,13 @@ def prompts(quick: bool) -> Iterator[Pair]:
                 "forward and backward",
                 lambda run=run: [w.swapaxes(1, 2) for w in run()],
                 lambda leaves=theirs: gradients(*leaves),
+                flops=3.5 * work["flops"],
             )
+
+
+def _read(B: int, S: int, dtype: str) -> float:
+    """Bytes of the keys and values of S tokens, read once."""
+    return 2.0 * B * K * S * D * jnp.dtype(dtype).itemsize
 
 
 def decodes(quick: bool) -> Iterator[Pair]:
@@ -151,6 +168,7 @@ def decodes(quick: bool) -> Iterator[Pair]:
                 "forward",
                 _ours(static, *ours),
                 _without_gradients(over_cache, query, *theirs[1:]),
+                bytes=_read(B, S, dtype),
             )
             ours, theirs = _arrays(dtype, (B, 1, H, D), (B * n, K, page, D), (B * n, K, page, D))
             query = theirs[0].transpose(1, 2).contiguous()
@@ -178,6 +196,7 @@ def _paged(name, dtype, ours, query, pools, table, lengths, last) -> Iterator[Pa
             "forward",
             _ours(ours_call, *ours),
             _without_gradients(gathered, query, *pools),
+            bytes=_read(B, n * page, dtype),
         )
 
 
@@ -193,30 +212,50 @@ def agree(pair: Pair) -> None:
         np.testing.assert_allclose(mine / scale, other / scale, atol=LIMITS[pair.dtype], rtol=0)
 
 
-def measure(pair: Pair, repeats: int) -> dict[str, Any]:
-    """Medians of interleaved calls."""
+def bound(pair: Pair, reached: dict[str, float]) -> float | None:
+    """Seconds that a pair must take of what this machine reaches; None where its work is not counted."""
+    counted = {pair.dtype: pair.flops, "bytes_per_s": pair.bytes}
+    return max((work / reached[name] for name, work in counted.items() if work is not None), default=None)
+
+
+def measure(pair: Pair, repeats: int, reached: dict[str, float]) -> dict[str, Any]:
+    """Medians of interleaved calls, of fewer than ``repeats`` where they take long.
+
+    Args:
+        pair: to measure.
+        repeats: calls of each library.
+        reached: what this machine reaches in the same run: FLOP/s by dtype, and "bytes_per_s".
+    """
     agree(pair)
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
+    begun = time.perf_counter()
+    while len(times[0]) < repeats and (len(times[0]) < LEAST or time.perf_counter() - begun < PATIENCE):
         for call, taken in zip((pair.ours, pair.theirs), times):
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
     ours, theirs = map(statistics.median, times)
     row = {"case": pair.case, "operands": pair.dtype, "mode": pair.mode}
-    return row | {"seconds": ours, "torch_seconds": theirs, "ratio": theirs / ours, "aim": AIM}
+    row |= {"seconds": ours, "torch_seconds": theirs, "ratio": theirs / ours, "aim": AIM}
+    return row | {"bound_seconds": bound(pair, reached), "repeats": len(times[0])}
 
 
-def run(quick: bool, repeats: int, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every pair; ``missing`` says why there is none where torch is not installed."""
+def run(
+    sources: Sequence[Callable[[bool], Iterator[Pair]]],
+    quick: bool,
+    repeats: int,
+    reached: dict[str, float],
+    show: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Every pair of these sources; ``missing`` says why there is none where torch is not installed."""
     missing = torch_threads()
     if missing is not None:
         return {"missing": missing, "results": []}
     import torch
 
     results = []
-    for pairs in (prompts(quick), decodes(quick)):
-        for pair in pairs:
-            results.append(measure(pair, repeats))
+    for source in sources:
+        for pair in source(quick):
+            results.append(measure(pair, repeats, reached))
             show(results[-1])
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "results": results}

@@ -1,10 +1,12 @@
 """Speed of the kernels on this device, beside peers and the bound of what the device reaches in the same run.
 
 Command:  python -m experiments.bench.kernels [--device cpu|gpu] [--op OP] [--quick] [--out]
-Time:     about 4 minutes on 2 CPU cores, under 1 with --quick; on a GPU minutes per op, most of it compilation.
+Time:     about half an hour on 2 CPU cores, 3 minutes with --quick; on a GPU minutes per op, most of it
+          compilation.
           On a GPU the cases are those of ``pallas_kernels/<op>/cases.py`` and times are the GPU's own, caches cold; the
           file is written after every case, and --op OP --out measures the rows of that op anew and leaves the others.
-          On a CPU attention and paged decode also run beside torch's, where it is installed, on the same cores.
+          On a CPU attention, paged decode, the recurrent ops, the convolutions and their decode steps also run beside
+          torch's forms, where torch and transformers are installed, on the same cores.
 Expected: on 2 CPU cores with AMX, SSD (B2 T1024 H8 P64 N128, float32) well above 54 thousand tokens a second
           forward and 22 thousand forward and backward: what Levanter's XLA scan does on one such core. Beside torch the
           aim is 1.5 times its speed; the table shows where we lose.
@@ -23,10 +25,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench import _kernels_gpu, _kernels_torch
+from experiments.bench import _kernels_gpu, _kernels_recurrent, _kernels_torch
 from pallas_kernels.attention import attention
 from pallas_kernels.cases import cases as kernel_cases
 from pallas_kernels.causal_conv import causal_conv
+from pallas_kernels.segmented_matmul import segmented_matmul
 from pallas_kernels.ssd import ssd
 from pallas_kernels.timing import seconds
 
@@ -34,8 +37,18 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 # The first word of a case, where it is not the op.
 NAMES = {"conv": "causal_conv"}
-# These run beside torch on a CPU.
-BESIDE_TORCH = (None, "attention", "paged_attention")
+# What runs beside torch on a CPU.
+_ATTENTION = (_kernels_torch.prompts, _kernels_torch.decodes)
+BESIDE_TORCH = {
+    "attention": _ATTENTION,
+    "paged_attention": _ATTENTION,
+    "ssd": (_kernels_recurrent.scans,),
+    "gated_delta": (_kernels_recurrent.delta_rules,),
+    "causal_conv": (_kernels_recurrent.convolutions,),
+    "dynamic_conv": (_kernels_recurrent.dynamic_convolutions,),
+}
+# Megabytes of the copy that says how fast memory is.
+COPY = {True: 64, False: 512}
 
 
 def normal(*shape: int) -> jax.Array:
@@ -106,7 +119,21 @@ def cases(quick: bool):
                 operand_dtype=dtype,
             )
             yield f"attention B{B} T{T} H{H} K{K} d{d}", op, args, dtype, B * T, 4.0 * B * T * T * H * d, True
+    yield from adapter_cases(quick)
     yield from decode_cases(quick)
+
+
+def adapter_cases(quick: bool):
+    """Rows of 32 adapters of rank 16; the base product beside them, and factors gathered once per row."""
+    K, N, rank, S = 1024, 1024, 16, 33
+    for M in (64,) if quick else (64, 1024):
+        slots = jnp.asarray(np.random.default_rng(M).integers(1, S, M), jnp.int32)
+        args = (normal(M, K), normal(S, K, rank), normal(S, rank, N), jnp.ones(S))
+        name = f"segmented_matmul M{M} K{K} N{N} rank {rank} of 32 adapters"
+        yield name, partial(segmented_matmul, slots=slots), args, None, M, 2.0 * M * (K + N) * rank, True
+        yield f"{name}, base product", jnp.matmul, (args[0], normal(K, N)), None, M, 2.0 * M * K * N, True
+        gathered = partial(segmented_matmul, slots=slots, implementation="reference")
+        yield f"{name}, gathered per row", gathered, args, None, M, None, False
 
 
 def decode_cases(quick: bool):
@@ -171,16 +198,21 @@ def on_gpu(options: argparse.Namespace, console: Console) -> int:
     return 1 if any("error" in row for row in report["results"]) else 0
 
 
-def against_torch(quick: bool, repeats: int, console: Console) -> dict[str, Any]:
-    """Attention and paged decode beside torch, shown; says so where torch is missing."""
-    table = Table("case", "operands", "pass", "ms", "torch, ms", "times torch's speed", title="beside torch")
+def against_torch(
+    op: str | None, quick: bool, repeats: int, reached: dict[str, float], console: Console
+) -> dict[str, Any]:
+    """One op, or all, beside torch and the bound of what is ``reached``, shown; says so where torch is missing."""
+    names = ("case", "operands", "pass", "ms", "torch, ms", "bound, ms", "times torch's speed")
+    table = Table(*names, title="beside torch")
+    sources = dict.fromkeys(s for name, some in BESIDE_TORCH.items() if op in (None, name) for s in some)
 
     def show(row: dict[str, Any]) -> None:
-        cells = (f"{row[name] * 1e3:.3f}" for name in ("seconds", "torch_seconds"))
+        times = (row[name] for name in ("seconds", "torch_seconds", "bound_seconds"))
+        cells = ("-" if v is None else f"{v * 1e3:.3f}" for v in times)
         verdict = "" if row["ratio"] >= row["aim"] else " we lose" if row["ratio"] < 1 else " below the aim"
         table.add_row(row["case"], row["operands"], row["mode"], *cells, f"{row['ratio']:.2f}{verdict}")
 
-    found = _kernels_torch.run(quick, repeats, show)
+    found = _kernels_torch.run(list(sources), quick, repeats, reached, show)
     console.print(f"Nothing beside it: {found['missing']}." if "missing" in found else table)
     return found
 
@@ -212,16 +244,22 @@ def on_cpu(options: argparse.Namespace, console: Console) -> int:
         )
         table.add_row(name, operands, *(f"{v:,.0f}" if v else "-" for v in (fwd, both, bound)))
     beside = {"results": []}
-    if options.op in BESIDE_TORCH:
-        beside = against_torch(options.quick, 2 * repeats, console)
+    copied = _kernels_gpu.copy_bytes(repeats, COPY[options.quick])
+    if options.op is None or options.op in BESIDE_TORCH:
+        reached = {name: 1e9 * value for name, value in gflops.items()} | {"bytes_per_s": copied}
+        beside = against_torch(options.op, options.quick, 2 * repeats, reached, console)
     if not results and not beside["results"]:
         console.print(f"Nothing to measure: no case of {options.op!r} on the CPU.")
         return 2
     if results:
         console.print(table)
-    console.print(f"matmul 1024^3: {', '.join(f'{k} {v:.0f} GFLOP/s' for k, v in gflops.items())}")
+    speeds = [f"{name} {value:.0f} GFLOP/s" for name, value in gflops.items()]
+    console.print(
+        f"matmul 1024^3: {', '.join(speeds)}; copy: {copied / 1e9:.1f} GB/s, each byte read and written"
+    )
     if options.out:
-        report = {"device": device, "jax": jax.__version__, "matmul_gflops": gflops, "results": results}
+        report = {"device": device, "jax": jax.__version__, "matmul_gflops": gflops}
+        report |= {"copy_bytes_per_s": copied, "results": results}
         report["beside_torch"] = beside
         (RESULTS / "kernels_cpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0

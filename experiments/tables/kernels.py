@@ -28,7 +28,10 @@ def kernels_torch(data: dict[str, Any]) -> str:
             r["case"],
             r["operands"],
             r["mode"],
-            *(number(1e3 * r[name], 3) for name in ("seconds", "torch_seconds")),
+            *(
+                number(r.get(name) and 1e3 * r[name], 3)
+                for name in ("seconds", "torch_seconds", "bound_seconds")
+            ),
             number(r["ratio"], 2),
             verdict(r["ratio"], r["aim"]),
         )
@@ -40,13 +43,14 @@ def kernels_torch(data: dict[str, Any]) -> str:
         "pass",
         "ms",
         "torch, ms",
+        "bound, ms",
         "torch / ours",
         f"aim {beside['results'][0]['aim']}",
     )
     where = (
         f"{data['device']}, JAX {data['jax']} and torch {beside['torch']}, {beside['threads']} threads each"
     )
-    return f"{markdown(header, lines, right=[3, 4, 5])}\nMeasured turn by turn on: {where}.\n"
+    return f"{markdown(header, lines, right=[3, 4, 5, 6])}\nMeasured turn by turn on: {where}; - where not recorded.\n"
 
 
 def moe(data: dict[str, Any]) -> str:

@@ -115,9 +115,22 @@ def ssd_memory(data: dict[str, Any]) -> str:
     """What bench/ssd_memory.py wrote, in MiB beside inputs and outputs."""
     mib = lambda size: "not run" if size is None else number(size / 2**20, 0)  # noqa: E731
     names = ("inputs", "outputs", "chunk_states", "temporaries", "extra")
-    lines = [(r["form"], number(r["tokens"], 0), *(mib(r[name]) for name in names)) for r in data["results"]]
-    header = ("form", "tokens", "inputs", "outputs", "states of all chunks", "temporaries", "extra, measured")
+    lines = [
+        # A file from before there were two layers names none.
+        (r.get("op", "ssd"), r["form"], number(r["tokens"], 0), *(mib(r[name]) for name in names))
+        for r in data["results"]
+    ]
+    header = (
+        "op",
+        "form",
+        "tokens",
+        "inputs",
+        "outputs",
+        "states of all chunks",
+        "temporaries",
+        "extra, measured",
+    )
     i = data["inputs"]
-    what = f"{i['heads']} heads, {i['groups']} group, P {i['P']}, N {i['N']}, float32, forward; stretches of {i['stretch']} tokens"
+    what = f"{i['heads']} heads, {i['groups']} group, P {i['P']}, N {i['N']}, float32; stretches of {i['stretch']} tokens"
     where = f"{data['device']['cpu']}, JAX {data['versions']['jax']}"
-    return f"{markdown(header, lines, right=[1, 2, 3, 4, 5, 6])}\nMiB. {what}. Measured on: {where}.\n"
+    return f"{markdown(header, lines, right=[2, 3, 4, 5, 6, 7])}\nMiB. {what}. Measured on: {where}.\n"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench import _kernels_gpu, _kernels_peers, _kernels_torch, kernels
+from experiments.bench import _kernels_gpu, _kernels_peers, _kernels_recurrent, _kernels_torch, kernels
 from experiments.bench._kernels_flex import torch_flex
 from experiments.tables import kernels as tables
 from experiments.tables.text import TableError
@@ -117,16 +117,19 @@ def test_without_a_gpu_or_a_case_it_says_so(capsys, monkeypatch):
 
 
 def test_one_op_on_the_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(_kernels_torch, "torch_threads", lambda: "torch is not installed")
     monkeypatch.setattr(kernels, "matmul_gflops", lambda *_: 1.0)
     monkeypatch.setattr(kernels, "seconds", lambda *_, repeats: 1.0)
     assert kernels.main(["--op", "causal_conv", "--quick"]) == 0
     shown = capsys.readouterr().out
     assert "conv B4" in shown and "attention" not in shown
+    assert "Nothing beside it: torch is not installed." in shown
 
 
 def test_the_table_beside_torch_says_where_we_lose():
     row = {"case": "a", "operands": "float32", "mode": "forward", "seconds": 2e-3, "aim": 1.5}
     rows = [row | {"torch_seconds": 2e-3 * ratio, "ratio": ratio} for ratio in (0.5, 1.2, 2.0)]
+    rows[0]["bound_seconds"] = 1e-3
     data = {"device": "cpu", "jax": "0", "beside_torch": {"torch": "1", "threads": 2, "results": rows}}
     lines = tables.kernels_torch(data).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:5]] == [
@@ -134,6 +137,7 @@ def test_the_table_beside_torch_says_where_we_lose():
         "below the aim",
         "meets the aim",
     ]
+    assert [line.split("|")[6].strip() for line in lines[2:5]] == ["1.000", "-", "-"]
     assert "torch 1, 2 threads each" in lines[-1]
     with pytest.raises(TableError, match="not there"):
         tables.kernels_torch({"beside_torch": {"missing": "not there", "results": []}})
@@ -147,14 +151,55 @@ def test_without_torch_the_rest_is_measured(monkeypatch, capsys):
     assert "Nothing beside it: torch is not installed." in capsys.readouterr().out
 
 
+REACHED = {"float32": 1e9, "bfloat16": 2e9, "bytes_per_s": 1e8}
+
+
+def test_the_bound_of_a_pair_is_the_slower_of_products_and_bytes():
+    pair = _kernels_torch.Pair("a", "bfloat16", "forward", int, int, flops=4e9, bytes=1e8)
+    assert _kernels_torch.bound(pair, REACHED) == 2
+    assert _kernels_torch.bound(dataclasses.replace(pair, dtype="float32"), REACHED) == 4
+    assert _kernels_torch.bound(dataclasses.replace(pair, flops=None), REACHED) == 1
+    assert _kernels_torch.bound(dataclasses.replace(pair, flops=None, bytes=None), REACHED) is None
+
+
+def test_calls_that_take_long_are_fewer(monkeypatch):
+    calls = []
+    pair = _kernels_torch.Pair("a", "float32", "forward", lambda: calls.append(1), int)
+    monkeypatch.setattr(_kernels_torch, "agree", lambda pair: None)
+    assert _kernels_torch.measure(pair, 9, REACHED)["repeats"] == len(calls) == 9
+    monkeypatch.setattr(_kernels_torch, "PATIENCE", 0.0)
+    assert _kernels_torch.measure(pair, 9, REACHED)["repeats"] == _kernels_torch.LEAST
+
+
 @pytest.mark.oracle
-def test_both_libraries_give_the_same_and_are_timed():
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        (_kernels_torch.prompts, 4),
+        (_kernels_torch.decodes, 6),
+        pytest.param(_kernels_recurrent.scans, 5, marks=pytest.mark.nightly),
+        pytest.param(_kernels_recurrent.delta_rules, 5, marks=pytest.mark.nightly),
+        (_kernels_recurrent.convolutions, 5),
+        (_kernels_recurrent.dynamic_convolutions, 4),
+    ],
+)
+def test_both_libraries_give_the_same_and_are_timed(source, count):
     assert _kernels_torch.torch_threads() is None
-    pairs = [*_kernels_torch.prompts(True), *_kernels_torch.decodes(True)]
-    assert len({(pair.case, pair.dtype, pair.mode) for pair in pairs}) == len(pairs) == 10
+    pairs = list(source(True))
+    assert len({(pair.case, pair.dtype, pair.mode) for pair in pairs}) == len(pairs) == count
     for pair in pairs:
-        row = _kernels_torch.measure(pair, 2)
-        assert row["ratio"] == row["torch_seconds"] / row["seconds"] > 0
+        row = _kernels_torch.measure(pair, 2, REACHED)
+        assert row["ratio"] == row["torch_seconds"] / row["seconds"] > 0 and row["bound_seconds"] > 0
+        # What a step leaves behind is what the next one finds.
+        _kernels_torch.agree(pair)
+
+
+@pytest.mark.oracle
+def test_another_result_is_not_timed():
+    pair = next(_kernels_recurrent.convolutions(True))
+    ours = pair.ours
+    with pytest.raises(AssertionError):
+        _kernels_torch.measure(dataclasses.replace(pair, ours=lambda: 1.01 * ours()), 1, REACHED)
 
 
 @pytest.mark.oracle

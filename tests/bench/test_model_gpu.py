@@ -106,9 +106,9 @@ def test_a_bound_that_fails_costs_its_shares_and_no_row(tmp_path, monkeypatch, c
         raise RuntimeError("the GPU reports no kernel times")
 
     reached = {"flops_per_s": 4e9, "bytes_per_s": 2e9}
-    for fail, shares in ((("_product", "_copy"), {}), (("_copy",), {"product_share": 0.25})):
+    for fail, shares in ((("_product", "copy_bytes"), {}), (("copy_bytes",), {"product_share": 0.25})):
         with monkeypatch.context() as broken:
-            for name, key in (("_product", "flops_per_s"), ("_copy", "bytes_per_s")):
+            for name, key in (("_product", "flops_per_s"), ("copy_bytes", "bytes_per_s")):
                 value = failing if name in fail else lambda *_, key=key: reached[key]
                 broken.setattr(_kernels_gpu, name, value)
             assert model_gpu.main(["--quick", "--out", str(out)]) == 0
@@ -119,7 +119,7 @@ def test_a_bound_that_fails_costs_its_shares_and_no_row(tmp_path, monkeypatch, c
             assert "byte_share" not in row and shares == {k: row[k] for k in shares}
             assert ("product_share" in row) == bool(shares) and row["tokens_per_s"] == 1.0
     monkeypatch.setattr(_kernels_gpu, "_product", lambda *_: 4e9)
-    monkeypatch.setattr(_kernels_gpu, "_copy", lambda *_: 2e9)
+    monkeypatch.setattr(_kernels_gpu, "copy_bytes", lambda *_: 2e9)
     assert model_gpu.main(["--quick", "--out", str(out)]) == 0
     data = json.loads(out.read_text())
     assert data["bounds"] == reached and "reaches 0.00 TFLOP/s" in capsys.readouterr().out
