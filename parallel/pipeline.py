@@ -6,7 +6,7 @@ stages wait for the slowest anyway. Differentiating the loop gives the backward 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +29,64 @@ def through_stages(
     Returns:
         the last stage's output (zeros on other devices), and the sum of this device's reports over the microbatches.
     """
-    count, stage = len(h), jax.lax.axis_index(AXIS)
-    forward = [(at, at + 1) for at in range(stages - 1)]
+    stage = jax.lax.axis_index(AXIS)
+    chain = Chain(AXIS, stage, stage == stages - 1, tuple((at, at + 1) for at in range(stages - 1)))
+    return through_chain(lambda h, part, _: layers(h, part), h, parts, stages, chain)
+
+
+class Chain(NamedTuple):
+    """Where this device stands among those that microbatches go through.
+
+    Attributes:
+        axis: of the mesh.
+        position: devices before it; an array where that is data.
+        last: whether it is the last one.
+        links: (sender, receiver) along ``axis``.
+    """
+
+    axis: str
+    position: Any
+    last: Any
+    links: tuple[tuple[int, int], ...]
+
+
+def through_chain(
+    layers: Callable[[Array, Any, Array], tuple[Array, Any]],
+    h: Float[Array, "M *shape"],
+    parts: Any,
+    length: int,
+    chain: Chain,
+) -> tuple[Float[Array, "M *shape"], Any]:
+    """:func:`through_stages` of devices that are told where they stand.
+
+    Args:
+        layers: ``(h, part, works) -> (h, report)``; what it gives where ``works`` is false does not count.
+        h: as there.
+        parts: as there, the same on all devices of a chain.
+        length: of the longest chain that there may be.
+        chain: of this device.
+    """
+    count = len(h)
 
     def tick(carry: Any, item: Any) -> tuple[Any, Array]:
         (received, total), (now, first) = carry, item
-        mine = now - stage
+        mine = now - chain.position
         part = jax.tree.map(lambda x: x[jnp.clip(mine, 0, count - 1)], parts)
-        out, report = layers(jnp.where(stage == 0, first, received), part)
         works = (mine >= 0) & (mine < count)
+        out, report = layers(jnp.where(chain.position == 0, first, received), part, works)
         total = jax.tree.map(lambda sum, x: sum + jnp.where(works, x, 0), total, report)
-        return (jax.lax.ppermute(out, AXIS, forward), total), out
+        return (jax.lax.ppermute(out, chain.axis, chain.links), total), out
 
-    _, report = jax.eval_shape(layers, *jax.tree.map(lambda x: x[0], (h, parts)))
+    _, report = jax.eval_shape(
+        lambda h, part: layers(h, part, jnp.asarray(True)), *jax.tree.map(lambda x: x[0], (h, parts))
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report)
     # Looped over and not indexed: else every tick's gradient would be one of all microbatches.
-    entering = jnp.concatenate([h, jnp.zeros_like(h, shape=(stages - 1, *h.shape[1:]))])
+    entering = jnp.concatenate([h, jnp.zeros_like(h, shape=(length - 1, *h.shape[1:]))])
     ticks = jnp.arange(len(entering)), entering
     (_, total), outs = jax.lax.scan(tick, (jnp.zeros_like(h[0]), zeros), ticks)
-    return jnp.where(stage == stages - 1, outs[stages - 1 :], 0), total
+    leaving = jax.lax.dynamic_slice_in_dim(outs, chain.position, count)
+    return jnp.where(chain.last, leaving, 0), total
 
 
 def own_tokens(x: Array, stages: int, fill: Any = 0) -> Array:

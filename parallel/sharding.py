@@ -11,16 +11,18 @@ product of factors ``(name, size)``, the first outermost.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from parallel.mesh import SLOTS
+from parallel.order import in_turn
 
 Factor = tuple[str, int]
 Segment = tuple[Factor, ...]
@@ -124,6 +126,12 @@ class Placement:
 
     mesh: Any
     capacity: float = 2.0
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether collectives are better not under way together: between processes of CPUs (:mod:`parallel.order`)."""
+        devices = [] if isinstance(self.mesh, AbstractMesh) else list(self.mesh.devices.flat)
+        return len({device.process_index for device in devices}) > 1 and devices[0].platform == "cpu"
 
     def size(self, *axes: str) -> int:
         """Devices along ``axes`` together."""
@@ -248,10 +256,16 @@ class Placement:
         """Sums over the devices that see other tokens."""
         return jax.lax.psum(x, self.rows) if self.rows else x
 
-    def sum_tokens(self, x: Any) -> Any:
-        """Sums over the devices that see other tokens, or score other tokens of the same rows: those along ``stage``."""
+    def sum_tokens(self, x: Any, *before: Array) -> Any:
+        """Sums over the devices that see other tokens, or score other tokens of the same rows: those along ``stage``.
+
+        Not before ``before`` is there, where that matters (`in_turn`).
+        """
         axes = (*self.rows, *self._wide(("stage",)))
-        return jax.lax.psum(x, axes) if axes else x
+        if not axes:
+            return x
+        total = partial(jax.lax.psum, axis_name=axes)
+        return in_turn(total, x, *before) if self.in_turn else total(x)
 
     def sum_tensor(self, x: Any) -> Any:
         """Sums over the devices that share a layer's matrices."""
@@ -268,7 +282,10 @@ class Placement:
             copies = tuple(name for name in self._wide(self.mesh.axis_names) if name not in cut)
             return jax.lax.psum(grad, copies) if copies else grad
 
-        return jax.tree.map(total, grads, specs)
+        if not self.in_turn:
+            return jax.tree.map(total, grads, specs)
+        order = iter(jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec)))
+        return in_turn(lambda grad: total(grad, next(order)), grads)
 
 
 def _experts(axes: Sequence[Described], drop: int) -> int | None:

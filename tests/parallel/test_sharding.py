@@ -90,8 +90,7 @@ STACKED = CFG.replace(pattern="M-E" * 4, scan_layers=True)
         ({}, {"stage": 3}, "pattern='M-EM-EM-EM-E' is 4 x 'M-E', which must be one motif"),
         ({"pattern": "M-M-E"}, {"stage": 2}, "pattern='M-M-E' is 2 x 'M-' + 1 x 'E'"),
         ({"mtp": MTPConfig(pattern="E")}, {"stage": 2}, "mesh.stage=2: does not train prediction blocks"),
-        ({}, {"stage": 2, "expert": 2}, "mesh.expert=2: must be 1 beside mesh.stage=2"),
-        ({}, {"stage": 2, "context": 2}, "mesh.context=2: must be 1 beside mesh.stage=2"),
+        ({}, {"stage": 2, "context": 2}, "mesh.context=2: must be 1 beside mesh.stage=2: give"),
     ],
 )
 def test_stages_that_cannot_be_are_named(changes, sizes, words):

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.batch import PackedBatch
+from jaxllm.cli.validation import Validation
 from jaxllm.config import (
     AttentionConfig,
     GatedDeltaConfig,
@@ -24,10 +26,12 @@ from jaxllm.config import (
     MTPConfig,
     RopeConfig,
 )
+from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.model.functional import flatten, init_params, map_named
 from jaxllm.model.scan import groups_of
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.context import ContextSettings, Scatterer
+from jaxllm.train.context import check_context as check_shared
 from jaxllm.train.events import CompileEvent, StepEvent
 from jaxllm.train.memory import estimate_training_memory
 from jaxllm.train.placement import check_mesh, state_shardings
@@ -39,6 +43,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from parallel.experts import through_experts
 from parallel.mesh import MeshShape, batch_sharding, make_mesh
 from parallel.sharding import Placement
+from tests.data.corpora import synthetic_corpus
 from tests.train.tiny import TinyLoader, assert_identical, constant_lr, copied, tiny_batch, tiny_config
 
 TOLERANCE = 1e-5
@@ -112,6 +117,8 @@ def compare(cfg: ModelConfig, meshes, settings=None, batch=None, contexts=(None,
     for text, context in product(meshes, contexts):
         place = place_on(text)
         check_mesh(cfg, shape_of(text))
+        if context is not None:
+            check_shared(cfg, shape_of(text), context)
         where = state_shardings(cfg, constant_lr(), place).params
         run = jax.jit(lambda p, b, s, place=place: gradients(cfg, p, b, settings, place=place, scattered=s))
         if context is None:
@@ -161,7 +168,13 @@ def long_batch(rows: int, length: int, vocab: int, seed: int = 0):
 def check_context(pattern: str, strategies: str, *meshes: str) -> None:
     """Documents scattered over devices: the loss and the gradients of one device."""
     contexts = [ContextSettings(name, block=4, stage_rounds=2) for name in strategies.split(",")]
-    compare(model(pattern), meshes, batch=long_batch(4, 44, 64), contexts=contexts)
+    cfg = model(pattern)
+    assert cfg.attention is not None
+    # Ulysses deals heads to the devices along both axes.
+    heads = max(shape.context * shape.tensor for shape in map(shape_of, meshes))
+    if "ulysses" in strategies and heads > cfg.attention.num_kv_heads:
+        cfg = cfg.replace(attention=replace(cfg.attention, num_kv_heads=heads))
+    compare(cfg, meshes, batch=long_batch(4, 44, 64), contexts=contexts)
 
 
 def check_context_options(kind: str, *meshes: str) -> None:
@@ -448,6 +461,32 @@ def check_context_training() -> None:
     else:
         raise AssertionError("an exchange that CPUs cannot run was accepted")
     print("SHARED", programs)
+
+
+def check_validation(*meshes: str) -> None:
+    """Nats per token of a corpus, whole and in part, whatever devices share its rows and documents."""
+    cfg = model("M*E")
+    lengths = np.random.default_rng(0).integers(2, 90, 12)
+    corpus, tokenizer = synthetic_corpus(lengths, 64), Tokenizer.train(["a"], 259)
+    params = scattered(cfg)
+    made = partial(Validation, cfg, corpus, tokenizer, batch_size=4, seq_len=44, part=200)
+    one = made()
+    expected = one.whole(params), one.partial(params, 0)["validation_loss"]
+    assert len(one.batches) > len(one.few) == 1 and expected[0] != expected[1]
+    for text in meshes:
+        context = ContextSettings(block=4, stage_rounds=2) if "context" in text else None
+        place = place_on(text)
+        ours = made(place=place, context=context)
+        where = state_shardings(cfg, constant_lr(), place).params
+        found = jax.device_put(params, where)
+        # Compiled ahead, for the batches that it will score: twice is the same to the bit.
+        ours.compile()
+        for _ in range(2):
+            losses = ours.whole(found), ours.partial(found, 0)["validation_loss"]
+            np.testing.assert_allclose(losses, expected, rtol=TOLERANCE)
+        assert losses == (ours.whole(found), ours.partial(found, 0)["validation_loss"])
+        assert (ours.targets, ours.bits_per_nat) == (one.targets, one.bits_per_nat)
+        print("SCORED", text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -114,11 +115,50 @@ def test_documents_on_products_of_axes():
     assert worker("context", "M*GE", "fcp", *meshes).count("EQUAL") == 2
 
 
+PRODUCTS = (
+    "data=2,context=2,tensor=2",
+    "fsdp=2,context=2,tensor=2",
+    "fsdp=2,context=2,expert=2",
+    "context=2,tensor=2,expert=2",
+    "data=2,fsdp=2,context=2",
+    "context=4,tensor=2",
+    "context=4,expert=2",
+)
+
+
+@pytest.mark.slow
+def test_documents_on_a_drawn_product_of_axes(seed):
+    """Of the strategies and products that :func:`test_documents_on_products_of_axes_for_every_strategy` has all of."""
+    rng = random.Random(seed)
+    letters, strategy, mesh = (
+        rng.choice(["M*E", "GW-", "J*-"]),
+        rng.choice(["fcp", *STRATEGIES]),
+        rng.choice(PRODUCTS),
+    )
+    if "E" not in letters:
+        mesh = mesh.replace("expert", "data")
+    assert worker("context", letters, strategy, mesh).count("EQUAL") == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mesh", PRODUCTS)
+def test_documents_on_products_of_axes_for_every_strategy(mesh):
+    strategies = "fcp", *STRATEGIES
+    assert worker("context", "M*E", ",".join(strategies), mesh).count("EQUAL") == len(strategies)
+
+
+@pytest.mark.slow
+def test_validation_that_devices_share():
+    meshes = "context=2", "fsdp=2,context=2,expert=2", "fsdp=2,tensor=2"
+    assert worker("validation", *meshes).count("SCORED") == len(meshes)
+
+
 @pytest.mark.parametrize(
     ("motif", "meshes"),
     [
         pytest.param("*-", ("stage=2", "data=2,stage=4"), marks=pytest.mark.nightly),
-        pytest.param("ME", ("fsdp=2,stage=2", "data=2,tensor=2,stage=2"), marks=pytest.mark.slow),
+        pytest.param("ME", ("fsdp=2,stage=2", "tensor=2,expert=2,stage=2"), marks=pytest.mark.slow),
+        pytest.param("ME", ("data=2,tensor=2,stage=2", "expert=2,stage=2"), marks=pytest.mark.nightly),
     ],
 )
 def test_layers_in_stages(motif, meshes):
