@@ -197,3 +197,20 @@ def progress(begun: Mapping[int, Sequence[Row]]) -> list[list[float]]:
         list(group) for _, group in itertools.groupby(rows, key=lambda row: (row["generation"], row["step"]))
     ]
     return [[round(group[0]["time"] - rows[0]["time"], 3), group[0]["step"], len(group)] for group in groups]
+
+
+def break_even(runs: Mapping[str, Any], steps: int) -> dict[str, float]:
+    """What restarts would have lost with other intervals between checkpoints.
+
+    A restart costs what it takes to start, and the steps since the newest checkpoint, on average half an interval of them.
+
+    Returns:
+        ``restart_seconds``, one without its steps made twice, and ``checkpoints_apart``, the steps between checkpoints from
+        which as many restarts lose more than MeCeFO did; 0 or less: with any.
+    """
+    pace = runs["undisturbed"]["seconds"] / (steps - 1)
+    restarts = runs["restart"]["restarts"]
+    twice = pace * sum(each["step"] - each["from"] for each in restarts)
+    alone = (runs["restart"]["lost_seconds"] - twice) / len(restarts)
+    apart = 2 * (runs["mecefo"]["lost_seconds"] / len(restarts) - alone) / pace
+    return {"restart_seconds": alone, "checkpoints_apart": apart}

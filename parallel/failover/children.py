@@ -105,17 +105,18 @@ class Service:
     def serve(self, members: tuple[int, ...], host: str, heartbeat: int) -> None:
         """Let it listen for these members."""
         self.members, self.address = members, f"{host}:{free_port(host)}"
-        self._begin("serve", len(members), heartbeat)
+        self._begin("serve", heartbeat)
 
     def stand_in(self, service: "Service", rank: int, heartbeat: int) -> None:
-        """Let it come to a service in the place of a member that has died on its way there."""
+        """Let it come to a service in the place of a member that has died on its way into the world."""
         self.members, self.address = service.members, service.address
-        self._begin("stand", rank, heartbeat)
+        self._begin("stand", heartbeat, rank)
 
-    def _begin(self, task: str, number: int, heartbeat: int) -> None:
-        assert self._process.stdin is not None
+    def _begin(self, task: str, heartbeat: int, *more: int) -> None:
+        assert self._process.stdin is not None and self.members is not None
+        words = (task, self.address, len(self.members), heartbeat, *more)
         try:
-            self._process.stdin.write(f"{task} {self.address} {number} {heartbeat}\n".encode())
+            self._process.stdin.write(" ".join(map(str, words)).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             self.broken = True

@@ -106,6 +106,10 @@ class Member:
             except RuntimeError as error:
                 self.failed(error)
                 continue
+            self._send("met", generation=world.generation)
+            if self._asked_to_leave:
+                # Before the first step that is for a member that was lost, with another in its place.
+                continue
             return world
 
     def together(self) -> bool:

@@ -17,6 +17,7 @@ class Worker:
         place: see :data:`Place`.
         generation: newest world that it was given.
         connected: newest world to whose service it has come.
+        met: newest world in which it has learnt of all devices.
         step: batches that its state was trained on, as far as it told; None: it has no state.
         entered: newest step that its main thread has begun.
         entered_at: when that was first heard of.
@@ -33,6 +34,7 @@ class Worker:
     place: Place = "down"
     generation: int = 0
     connected: int = 0
+    met: int = 0
     step: int | None = None
     entered: tuple[int, int] = (0, -1)
     entered_at: float = 0.0

@@ -222,8 +222,8 @@ class Supervisor:
         if inside:
             if was == "inside":
                 self.roster.lost.append(index)
-                if worker.connected < self.roster.generation:
-                    # The others wait for it at the service, and cannot leave.
+                if worker.met < self.roster.generation:
+                    # The others wait for it at the service, or for its devices, and cannot leave.
                     self.absent.append(self.roster.members.index(index))
             self._begin_change({name: row[name] for name in ("worker", "why", "detection_s")}, now)
 
@@ -297,6 +297,8 @@ class Supervisor:
                     worker.entered, worker.entered_at = entered, now
             elif kind == "connected":
                 worker.connected = message["generation"]
+            elif kind == "met":
+                worker.met = message["generation"]
             elif kind == "here":
                 worker.here = message["generation"]
             elif kind == "stepped":

@@ -70,7 +70,7 @@ def meet() -> None:
     """Tell the other members of this one's devices, and learn of theirs.
 
     Raises:
-        RuntimeError: a member died meanwhile; after a minute.
+        RuntimeError: a member died meanwhile, and nobody came in its place; after a minute.
     """
     import jax
 

@@ -1,5 +1,6 @@
 """``jaxllm launch`` before anything is started: its command line, and where it writes."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,13 @@ def test_what_stands_after_the_dashes_is_the_workers():
 def test_a_command_that_does_not_join_is_refused(tmp_path, process):
     shown = process("launch", "--workers", "2", "--folder", str(tmp_path), "--", "true")
     assert shown.code == 2 and "ended without joining" in shown.err and "Traceback" not in shown.err
+
+
+def test_programs_are_kept_in_the_runs_folder_unless_the_user_keeps_them_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+    found = launch.environment(tmp_path / "run")
+    assert found["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "run" / "programs")
+    assert found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "7" and found["PATH"] == os.environ["PATH"]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert launch.environment(tmp_path / "run")["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"

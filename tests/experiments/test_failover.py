@@ -160,6 +160,17 @@ def test_every_property_can_fail():
     assert len(experiment.verdicts({"mecefo": sound()[0]["mecefo"]}, failures)) == 7
 
 
+def test_restarts_lose_as_much_where_checkpoints_are_far_enough_apart():
+    """Steps of 2 s; two restarts of 3 s each, after 4 and 6 steps that were made again."""
+    rows = [{"step": 14, "from": 10}, {"step": 26, "from": 20}]
+    runs = {"undisturbed": {"seconds": 98.0}, "mecefo": {"lost_seconds": 40.0}}
+    runs["restart"] = {"lost_seconds": 2 * 3.0 + 2.0 * (4 + 6), "restarts": rows}
+    found = account.break_even(runs, 50)
+    assert found["restart_seconds"] == pytest.approx(3.0)
+    # 17 of the 20 s of each are 8.5 steps: half of what then lies between two checkpoints.
+    assert found["checkpoints_apart"] == pytest.approx(17.0)
+
+
 def test_throughput_counts_every_step():
     steps = account.progress(begun())
     assert [row[1:] for row in steps] == [[0, 3], [1, 3], [2, 3], [2, 2], [3, 2], [4, 3]]

@@ -54,7 +54,8 @@ def worker(folder: Path, steps: int, method: str) -> int:
     from jaxllm.train.elastic import elastic_fit
     from parallel.failover.membership import Member
 
-    member = Member()
+    member, hits = Member(), []
+    jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("cache_hits")))
     log = open(folder / f"steps-{member.worker}.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def watch(event) -> None:
@@ -82,6 +83,7 @@ def worker(folder: Path, steps: int, method: str) -> int:
         evaluation=evaluation,
         callbacks=[watch],
     )
+    (folder / f"hits-{member.worker}").write_text(str(sum(hits)))
     print("HASH", result.step, digest(result.params), result.tokens_seen, result.values["size"], flush=True)
     return 0
 

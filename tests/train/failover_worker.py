@@ -1,15 +1,20 @@
 """On 8 simulated devices: ``failover_worker.py CHECK [ARGUMENT ...]`` prints a line for everything that it found right."""
 
+import os
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.batch import PackedBatch
 from jaxllm.model.functional import flatten
 from jaxllm.train.degraded import Degraded, letter_of
 from jaxllm.train.failover import FailoverSettings, failover_plan, make_failover_step
+from jaxllm.train.foreseen import compile_world
 from jaxllm.train.placement import state_shardings
 from jaxllm.train.state import TrainPlan, init_state
 from jaxllm.train.step import StepSettings, gradients, make_train_step
@@ -139,6 +144,33 @@ def check_untouched(pattern: str, *patterns: str) -> None:
                 assert same == (letter_of(cfg, name) in "*W" if letter_of(cfg, name) else False), name
             assert any(np.any(x) for n, x in flatten(part(start)).items() if letter_of(cfg, n) == "*")
         print("UNTOUCHED", pattern, text)
+
+
+def check_foreseen(method: str) -> None:
+    """What a world of three of four workers runs is in the persistent cache before there is such a world."""
+    cfg, failover, hits = tiny_config("*-"), FailoverSettings(method, rank=3), []
+    jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        compile_world(cfg, OPTIM, SETTINGS, failover, tiny_batch(8, 16), None, jax.devices()[:3], WORKERS)
+        files = set(os.listdir(folder))
+        jax.clear_caches()
+        # The state as survivors have it, whole on every device.
+        mesh = place_of("abc").mesh
+        state = jax.device_put(init_state(cfg, OPTIM), NamedSharding(mesh, P()))
+        jobs = failover.jobs(((0,), (1, 3), (2,)))
+        slots = max(map(len, jobs))
+        batch = jax.device_put(laid_out(tiny_batch(8, 16), jobs, slots), batch_sharding(mesh))
+        step = make_failover_step(cfg, OPTIM, SETTINGS, failover, Placement(mesh))
+        hits.clear()
+        bases = failover.make_bases(cfg)(state.params, None) if method == "mecefo" else None
+        step(state, batch, TrainPlan(failover=failover_plan(jobs, slots, bases)))
+        wanted = {name for name in set(os.listdir(folder)) - files if "train_step" in name or "bases" in name}
+        assert not wanted, wanted
+        assert any("cache_hits" in name for name in hits), set(hits)
+    print("FORESEEN", method)
 
 
 def check_all(pattern: str, text: str) -> None:

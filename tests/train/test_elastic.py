@@ -30,6 +30,7 @@ REFUSED = {
     "failover=1: one worker has no neighbour": (TrainSettings(steps=1), 1, 12),
     "mesh.data=2: must be the number of workers, 3": (TrainSettings(steps=1, mesh=MeshShape(data=2)), 3, 12),
     "mesh.fsdp=3: .* no second owner": (TrainSettings(steps=1, mesh=MeshShape(data=3, fsdp=3)), 3, 12),
+    "mesh.fsdp=2: .* no second owner": (TrainSettings(steps=1, mesh=MeshShape(fsdp=2)), 2, 12),
     "batch_size=10: must be a multiple of workers": (TrainSettings(steps=1), 3, 10),
     r"batch_size=12: .* = 3 \* 8": (TrainSettings(steps=1, step=StepSettings(accum_steps=8)), 3, 12),
     "debug_nans=True": (TrainSettings(steps=1, debug_nans=True), 3, 12),
@@ -75,6 +76,9 @@ def elastic(folder: pathlib.Path, method: str, kill: tuple[int, ...] = ()) -> tu
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": quick,
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     command = [sys.executable, HERE / "elastic_worker.py", "supervise", WORKERS, folder, STEPS, method]
     until = time.monotonic() + PATIENCE
@@ -112,6 +116,8 @@ def test_killed_workers_leave_no_trace_in_the_parameters(tmp_path):
     assert len(whole) == 1 and not [row for row in journal if row["event"] == "lost"]
     killed, journal = elastic(tmp_path / "killed", "exact+save", (0,))
     assert killed == whole
+    # Programs that one process has compiled the others find, in whatever order they are ranked.
+    assert all(int((tmp_path / "killed" / f"hits-{worker}").read_text()) > 0 for worker in range(WORKERS))
     worlds = [row["members"] for row in journal if row["event"] == "world"]
     assert worlds[0] == [0, 1, 2] and [1, 2] in worlds
     told = [json.loads(line) for line in (tmp_path / "killed" / "jobs-1.jsonl").read_text().splitlines()]

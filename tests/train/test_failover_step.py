@@ -71,6 +71,11 @@ def test_all_of_the_rank_and_nothing_skipped_trains_as_exact():
     assert "ALL" in worker("all", "*-", "0,12,3")
 
 
+@pytest.mark.parametrize("method", ["mecefo", pytest.param("exact", marks=pytest.mark.slow)])
+def test_programs_of_smaller_worlds_are_found_in_the_cache(method):
+    assert "FORESEEN" in worker("foreseen", method)
+
+
 @pytest.mark.slow
 def test_dropped_shards_are_not_there():
     assert "DROP" in worker("drop", "-", "0,21,3")

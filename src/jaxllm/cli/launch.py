@@ -1,6 +1,7 @@
 """``jaxllm launch``: the supervisor of a run whose workers may die."""
 
 import itertools
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -138,4 +139,14 @@ def run(launch: Launch) -> int:
     if command[0] == "jaxllm":
         # That of this interpreter, wherever it is installed.
         command[:1] = [sys.executable, "-m", "jaxllm.cli.main"]
-    return supervise(command, options, folder=folder, tell=_tell)
+    return supervise(command, options, folder=folder, environment=environment(folder), tell=_tell)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of the workers: programs of the run's worlds are kept in its folder, unless the user keeps them elsewhere."""
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(folder.absolute() / "programs")}
+    kept |= {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return kept | os.environ

@@ -2,7 +2,15 @@
 
 from jaxllm.cli.display import duration
 from jaxllm.cli.training_display import Figures, TrainingDisplay
-from jaxllm.train.events import AssignmentEvent, CompileEvent, EvalEvent, Event, SaveEvent, StepEvent
+from jaxllm.train.events import (
+    AssignmentEvent,
+    CompileEvent,
+    EvalEvent,
+    Event,
+    ForeseenEvent,
+    SaveEvent,
+    StepEvent,
+)
 
 # Steps of the running mean that stands for the training loss.
 _HORIZON = 50
@@ -39,6 +47,9 @@ class Watcher:
             self.display.note(f"Training step ready after {duration(event.seconds)} of compilation.")
         elif isinstance(event, AssignmentEvent):
             self.display.note(assignment_text(event))
+        elif isinstance(event, ForeseenEvent):
+            took = duration(event.seconds)
+            self.display.note(f"Ready to go on with {event.members} workers, after {took} of compilation.")
         elif isinstance(event, SaveEvent):
             pass
 

@@ -7,6 +7,7 @@ made anew; the committed state goes from world to world in host memory, and to t
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +21,9 @@ from jaxllm.model.functional import Params
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.clock import Clock
 from jaxllm.train.degraded import ranks
-from jaxllm.train.events import AssignmentEvent, Callback
+from jaxllm.train.events import AssignmentEvent, Callback, ForeseenEvent
 from jaxllm.train.failover import FailoverSettings, failover_plan, make_failover_step
+from jaxllm.train.foreseen import Foreseen, compile_world
 from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.ledger import Ledger
 from jaxllm.train.optim import OptimConfig
@@ -88,20 +90,12 @@ def check_elastic(settings: TrainSettings, workers: int, batch_size: int) -> Non
         "one worker has no neighbour; start at least 2 (jaxllm launch --workers)",
     )
     shape = settings.mesh or MeshShape(data=workers)
+    allowed = "a lost worker's share of it has no second owner; failover shares rows only, leave it at 1"
     for axis in AXES:
         size = getattr(shape, axis)
-        if axis == "data":
-            require(
-                size == workers,
-                "mesh.data",
-                size,
-                f"must be the number of workers, {workers}, or be left out",
-            )
-        else:
-            allowed = (
-                "a lost worker's share of it has no second owner; failover shares rows only, leave it at 1"
-            )
-            require(size == 1, f"mesh.{axis}", size, allowed)
+        require(size == 1 or axis == "data", f"mesh.{axis}", size, allowed)
+    allowed = f"must be the number of workers, {workers}, or be left out"
+    require(shape.data == workers, "mesh.data", shape.data, allowed)
     require(
         batch_size % (workers * settings.step.accum_steps) == 0,
         "batch_size",
@@ -149,6 +143,7 @@ class ElasticTrainer(Trainer):
         self._bases: Any = None
         self._shrunk = False
         self._told: Assignment | None = None
+        self._foreseen = Foreseen()
 
     def _take_devices(self) -> None:
         # There are none before the first world.
@@ -161,6 +156,7 @@ class ElasticTrainer(Trainer):
             stack.callback(self.reporter.stop_trace)
             if self.ledger is not None:
                 stack.callback(self.ledger.close)
+            stack.callback(self._foreseen.end)
             while True:
                 result = None
                 try:
@@ -191,6 +187,7 @@ class ElasticTrainer(Trainer):
 
     def _keep(self) -> None:
         """The committed state to the host, and nothing else of the world."""
+        self._foreseen.end()
         if self._state is not None:
             self._kept = host_leaves(self._state)
         self._elapsed_before = self.reporter.clock.elapsed
@@ -317,7 +314,26 @@ class ElasticTrainer(Trainer):
         # Only now it is committed: a step that fails leaves what was.
         self._state, self._done = new, self.step + 1
         self.member.stepped(self._done)
+        self._foresee(batch)
         return new, metrics
+
+    def _foresee(self, batch: PackedBatch) -> None:
+        """Compile for the loss of one worker and of two; worker 0's processes alone write into the persistent cache."""
+        if jax.config.values["jax_compilation_cache_dir"] is None or jax.process_index():
+            return
+        assert self.place is not None
+        devices, workers = list(self.place.mesh.devices.flat), self.world.workers
+        # Of the whole batch in any world: idle slots are no rows of the run.
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.shards.loader.batch_size, *x.shape[1:]), x.dtype), batch
+        )
+        given = self.cfg, self.optim, self.settings.step, self.failover, rows, super()._plan(None)
+        sizes = [size for size in (len(devices) - 1, len(devices) - 2) if size > 0]
+        self._foreseen.begin(
+            {size: partial(compile_world, *given, devices[:size], workers) for size in sizes}
+        )
+        for members, seconds in self._foreseen.ready():
+            self.reporter.emit(ForeseenEvent(members, seconds))
 
     def _between(self, state: TrainState) -> None:
         # The step is done, and its line in the metrics need not wait for the next: its writer may not live to see that.

@@ -96,5 +96,18 @@ class AssignmentEvent:
     jobs: dict[int, tuple[int, ...]]
 
 
-Event = CompileEvent | StepEvent | EvalEvent | SaveEvent | AssignmentEvent
+@dataclass(frozen=True)
+class ForeseenEvent:
+    """What a world of fewer workers will run has been compiled beside training, which took ``seconds``.
+
+    Attributes:
+        members: workers of that world.
+        seconds: of compiling, while steps went on.
+    """
+
+    members: int
+    seconds: float
+
+
+Event = CompileEvent | StepEvent | EvalEvent | SaveEvent | AssignmentEvent | ForeseenEvent
 Callback = Callable[[Event], None]

@@ -26,6 +26,7 @@ from jaxllm.train.step import StepSettings, gradients, make_train_step
 from pallas_kernels.materialise import hold
 from parallel.failover.ordered import sum_in_order
 from parallel.mesh import AXES, ROWS, MeshShape, make_mesh
+from parallel.order import in_turn
 from parallel.sharding import Placement
 
 AXIS = "data"
@@ -191,12 +192,12 @@ def make_failover_step(
 
     def differentiate(
         params: Params, batch: PackedBatch, rng: Any, plan: TrainPlan
-    ) -> tuple[Params, LossSums, Params | None]:
+    ) -> tuple[Params, LossSums, Params | None, None]:
         who = plan.failover
         if not isinstance(who, FailoverPlan):
             raise ValueError(f"plan.failover={who!r}: must be a FailoverPlan (failover_plan)")
         _check_plan(batch, who, place, bounds)
-        collect = _ordered if failover.method == "exact" else _summed
+        collect = _ordered if failover.method == "exact" else partial(_summed, place)
 
         def local(params: Params, batch: PackedBatch, plan: FailoverPlan, rng: Any) -> Any:
             return collect(partial(one, params, rng, plan), batch, plan)
@@ -204,12 +205,12 @@ def make_failover_step(
         over = partial(jax.shard_map, mesh=place.mesh, out_specs=P(), check_vma=False)
         grads, sums, whole = over(local, in_specs=(P(), P(ROWS), P(), P()))(params, batch, who, rng)
         if not cheap:
-            return grads, sums, None
+            return grads, sums, None, None
 
         def behind(name: str, _: Any) -> Array:
             return whole if letter_of(cfg, name) in skipped else sums.weight
 
-        return grads, sums, map_named(behind, grads)
+        return grads, sums, map_named(behind, grads), None
 
     return make_train_step(cfg, optim, settings, place=place, donate=False, differentiate=differentiate)
 
@@ -235,15 +236,19 @@ def _zeros(of_shard: _OfShard, batch: PackedBatch, *leading: int) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), found)
 
 
-def _summed(of_shard: _OfShard, batch: PackedBatch, plan: FailoverPlan) -> Any:
+def _summed(place: Placement, of_shard: _OfShard, batch: PackedBatch, plan: FailoverPlan) -> Any:
     """Sums over all shards, in an order that depends on who trains them; one gradient's memory."""
     batch, count = _slots(batch, plan)
 
-    def add(place: Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, of_shard(_slot(batch, place), place))
+    def add(slot: Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, of_shard(_slot(batch, slot), slot))
 
     # The trip count differs between devices: nothing in the loop may wait for another one.
-    return jax.lax.psum(jax.lax.fori_loop(0, count, add, _zeros(of_shard, batch)), AXIS)
+    local, total = (
+        jax.lax.fori_loop(0, count, add, _zeros(of_shard, batch)),
+        partial(jax.lax.psum, axis_name=AXIS),
+    )
+    return in_turn(total, local) if place.in_turn else total(local)
 
 
 def _ordered(of_shard: _OfShard, batch: PackedBatch, plan: FailoverPlan) -> Any:

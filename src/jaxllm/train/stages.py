@@ -41,9 +41,12 @@ def check_stages(cfg: ModelConfig, shape: MeshShape) -> None:
         + ", which must be one motif, as often as a multiple of the stages",
     )
     require(cfg.mtp is None, "mesh.stage", stages, "does not train prediction blocks; leave model.mtp out")
-    for axis in ("context", "expert"):
-        size = getattr(shape, axis)
-        require(size == 1, f"mesh.{axis}", size, f"must be 1 beside mesh.stage={stages}")
+    require(
+        shape.context == 1,
+        "mesh.context",
+        shape.context,
+        f"must be 1 beside mesh.stage={stages}: give these devices to data, fsdp, expert or tensor, or leave stages out",
+    )
 
 
 def deal_rows(tree: Any, count: int) -> Any:

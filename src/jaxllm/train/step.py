@@ -29,8 +29,13 @@ from parallel.mesh import ROWS, SLOTS
 from parallel.order import there
 from parallel.sharding import Placement
 
-# (params, batch, rng, plan) -> (gradients of the summed objective, sums, what ``apply_gradients`` calls ``behind``).
-Differentiate = Callable[[Params, PackedBatch, Any, TrainPlan], tuple[Params, LossSums, Params | None]]
+# (params, batch, rng, plan) -> (gradients of the summed objective, sums, what ``apply_gradients`` calls ``behind`` and
+# ``once``).
+Differentiate = Callable[
+    [Params, PackedBatch, Any, TrainPlan], tuple[Params, LossSums, Params | None, Params | None]
+]
+# (model, batch, context) -> (final hidden states, targets, loss mask, what routers did).
+Hidden = Callable[[Any, PackedBatch, Context], tuple[Any, Any, Any, balance.Routing | None]]
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ def batch_loss(
     scattered: Scattered | None = None,
     microbatches: int = 1,
     degraded: Degraded | None = None,
+    hidden: Hidden | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Summed objective of a batch and its parts.
 
@@ -150,6 +156,7 @@ def batch_loss(
         scattered: rows are slots of documents that go on elsewhere; this device's part.
         microbatches: into which the rows are cut where devices share the layers (:mod:`parallel.pipeline`).
         degraded: what gradients of it leave out; the value is the same.
+        hidden: runs the layers, instead of this device over its share of them (:mod:`jaxllm.train.chained`).
 
     Raises:
         ValueError: the batch has no targets, or not those of every depth that is trained.
@@ -177,7 +184,9 @@ def batch_loss(
     )
     reporting = replace(ctx, taps=balance.taps(cfg.pattern, settings.balance_scope))
     weights = balance.row_weights(batch, scattered)
-    if place is not None and place.size("stage") > 1:
+    if hidden is not None:
+        h, targets, mask, routing = hidden(model, batch, reporting)
+    elif place is not None and place.size("stage") > 1:
         h, targets, mask, routing = hidden_in_stages(model, batch, reporting, microbatches)
     else:
         targets, mask = batch.targets, batch.loss_mask
@@ -236,17 +245,18 @@ def gradients(
         params: Params, batch: PackedBatch, scattered: Scattered | None, rng: Any
     ) -> tuple[Params, LossSums]:
         grads, sums = _gradients(cfg, params, batch, settings, rng, place, scattered)
-        return place.sum_gradients(grads, specs), _summed(place, sums)
+        grads = place.sum_gradients(grads, specs)
+        return grads, _summed(place, sums, jax.tree.leaves(grads)[-1])
 
     in_specs = (specs, *batch_specs(place, scattered), P())
     over = partial(jax.shard_map, mesh=place.mesh, in_specs=in_specs, check_vma=False)
     return over(shared, out_specs=(specs, P()))(params, batch, scattered, rng)
 
 
-def _summed(place: Placement, sums: LossSums) -> LossSums:
-    """Over the devices that see other tokens; no part of it before the layers are done."""
+def _summed(place: Placement, sums: LossSums, *before: jax.Array) -> LossSums:
+    """Over the devices that see other tokens; no part of it before the layers are done, nor ``before`` if they take turns."""
     done = there(sums.nats)
-    return place.sum_tokens(jax.tree.map(lambda x: jnp.where(done, x, 0), sums))
+    return place.sum_tokens(jax.tree.map(lambda x: jnp.where(done, x, 0), sums), *before)
 
 
 def batch_specs(place: Placement, scattered: Scattered | None) -> tuple[Any, Any]:
@@ -327,6 +337,7 @@ def apply_gradients(
     lr: Any,
     z_loss: float = 0.0,
     behind: Params | None = None,
+    once: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Mean, clip, update; with a loss or gradient that is not finite, parameters and moments stay as they are.
 
@@ -340,6 +351,8 @@ def apply_gradients(
         behind: f32[] for each parameter, the summed weight of the tokens that its gradient is of: gradients may be of
             different parts of the batch. Parameters of which it is 0 stay as they are, and their moments too. None:
             ``sums.weight`` for all.
+        once: bool for each parameter, or part of it: false for those that are copies of others, which the gradient's
+            norm counts once. None: there are no copies.
     """
     least = jnp.finfo(jnp.float32).tiny
     weight = jnp.maximum(sums.weight, least)
@@ -348,7 +361,7 @@ def apply_gradients(
         # Relative to all tokens, so that one factor is the mean of all.
         share = jax.tree.map(lambda w: jnp.where(w > 0, weight / jnp.maximum(w, least), 0), behind)
         grads = jax.tree.map(jnp.multiply, grads, share)
-    norm = optax.tree.norm(grads) / weight
+    norm = optax.tree.norm(grads if once is None else jax.tree.map(jnp.multiply, grads, once)) / weight
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # One factor does the mean and the clipping, so that the gradient is read once more and not written.
     clip = 1.0 if optim.clip_norm is None else jnp.minimum(1.0, optim.clip_norm / (norm + 1e-12))
@@ -421,8 +434,8 @@ def make_train_step(
         place: the devices that share the step; None: one. The state lies as
             :func:`jaxllm.train.placement.state_shardings` says, the batch as :func:`parallel.mesh.batch_sharding`.
         donate: reuse the memory of ``state``; False keeps it (for jax_debug_nans, which runs a step twice).
-        differentiate: takes the gradients instead of :func:`gradients`, and gives ``behind`` of
-            :func:`apply_gradients` with them (:mod:`jaxllm.train.failover`).
+        differentiate: takes the gradients instead of :func:`gradients`, and gives ``behind`` and
+            ``once`` of :func:`apply_gradients` with them (:mod:`jaxllm.train.failover`).
 
     Returns:
         A jitted function. Without ``plan.lr`` the learning rate is that of the schedule at ``state.step``; a clock may
@@ -438,10 +451,10 @@ def make_train_step(
         lr = learning_rate(optim, state.step) if plan.lr is None else jnp.asarray(plan.lr, jnp.float32)
         if differentiate is None:
             grads, sums = gradients(cfg, state.params, batch, settings, rng, place, plan.scattered)
-            behind = None
+            behind = once = None
         else:
-            grads, sums, behind = differentiate(state.params, batch, rng, plan)
-        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss, behind)
+            grads, sums, behind, once = differentiate(state.params, batch, rng, plan)
+        state, metrics = apply_gradients(optim, state, grads, sums, lr, settings.z_loss, behind, once)
         tokens = scored_tokens(batch, True if place is None else there(metrics.grad_norm))
         if sums.routing is not None and settings.bias_rate > 0:
             rate = jnp.where(metrics.consecutive_skips > 0, 0.0, settings.bias_rate)
