@@ -37,7 +37,12 @@ settings.load_profile("jaxllm")
 
 
 def commit_seed() -> int:
-    """A seed that changes with every commit, so that CI does not test the same numbers for ever."""
+    """A seed that changes with every commit, so that CI does not test the same numbers for ever.
+
+    JAXLLM_TEST_SEED gives another, to repeat a failure or to look for one.
+    """
+    if given := os.environ.get("JAXLLM_TEST_SEED"):
+        return int(given)
     root = pathlib.Path(__file__).parent
     try:
         text = subprocess.run(

@@ -33,7 +33,7 @@ def owners(found: Clusters, head: int) -> np.ndarray:
 def test_each_round_assigns_to_the_nearest_and_moves_to_the_mean(seed: int):
     keys, there = drawn(np.random.default_rng(seed))
     rounds = [run(keys, there, 7, rounds=r) for r in range(1, 8)]
-    losses = []
+    losses, placed = [], []
     for before, after in zip([None, *rounds], rounds, strict=False):
         loss = 0.0
         for head in range(2):
@@ -52,7 +52,10 @@ def test_each_round_assigns_to_the_nearest_and_moves_to_the_mean(seed: int):
                 chosen = far[np.arange(40), owner][there]
                 np.testing.assert_allclose(chosen, far.min(1)[there], atol=1e-5)
         losses.append(loss)
-    assert np.all(np.diff(losses) <= 1e-6) and losses[-1] < losses[0]
+        placed.append([owners(after, head) for head in range(2)])
+    # A draw may start where nothing has anywhere nearer to go; a round that moves tokens lowers the loss.
+    moved = [not np.array_equal(old, new) for old, new in zip(placed, placed[1:], strict=False)]
+    assert np.all(np.diff(losses) <= 1e-6) and (not any(moved) or losses[-1] < losses[0])
 
 
 def test_clusters_start_from_distinct_tokens_that_are_there(seed: int):
