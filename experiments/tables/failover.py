@@ -194,6 +194,13 @@ def failover(data: dict[str, Any]) -> str:
         runs,
         right=[1, 2, 3, 4],
     )
+    restart = data["runs"].get("restart", {})
+    if "checkpoints_apart" in restart:
+        table += (
+            f"\nA restart takes {number(restart['restart_seconds'], 1)} s and the steps since the newest checkpoint, which were "
+            f"written every {data['inputs']['save_every']} steps; from {number(restart['checkpoints_apart'], 0)} steps between "
+            "them on as many restarts lose more than MeCeFO did.\n"
+        )
     held = markdown(
         ("property", ""), [(name, "yes" if is_so else "NO") for name, is_so in data["held"].items()]
     )
