@@ -1,5 +1,6 @@
 """K-means: each round is a round of Lloyd's, whatever the row's place, room or tiles."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -54,7 +55,7 @@ def test_each_round_assigns_to_the_nearest_and_moves_to_the_mean(seed: int):
         losses.append(loss)
         placed.append([owners(after, head) for head in range(2)])
     # A draw may start where nothing has anywhere nearer to go; a round that moves tokens lowers the loss.
-    moved = [not np.array_equal(old, new) for old, new in zip(placed, placed[1:], strict=False)]
+    moved = [not np.array_equal(old, new) for old, new in itertools.pairwise(placed)]
     assert np.all(np.diff(losses) <= 1e-6) and (not any(moved) or losses[-1] < losses[0])
 
 
