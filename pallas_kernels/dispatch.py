@@ -28,6 +28,7 @@ IMPLEMENTATIONS = {
     "gated_delta.step": ("mosaic_gpu", "xla", "reference"),
     "gated_delta.window": ("xla", "reference"),
     "grouped_matmul": ("mosaic_gpu", "xla", "reference"),
+    "norm_quant": ("mosaic_gpu", "xla", "reference"),
     "paged_attention": ("mosaic_gpu", "triton", "xla", "reference"),
     "paged_attention.page_scores": ("xla", "reference"),
     "quantized_matmul": ("mosaic_gpu", "xla", "reference"),

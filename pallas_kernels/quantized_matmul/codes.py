@@ -26,7 +26,7 @@ GROUPS = (32, 64, 128)
 # Codes of 8 bits: integers, and the floats of OCP's 8-bit specification.
 EIGHT_BITS = ("int8", "float8_e4m3fn", "float8_e5m2")
 # Below it a group counts as zero (Atom).
-_LEAST = 1e-5
+LEAST = 1e-5
 
 
 @jax.tree_util.register_dataclass
@@ -113,15 +113,15 @@ def e2m1_halves(nibbles: UInt8[Array, "*rest"]) -> Int8[Array, "*rest"]:
     return jnp.where(bits > 7, -twice, twice)
 
 
-def _in_range(code_dtype: DTypeLike) -> tuple[Any, float]:
+def in_range(code_dtype: DTypeLike) -> tuple[Any, float]:
     """The dtype of codes of 8 bits, and the largest magnitude that the quantisers scale to."""
     dtype = jnp.dtype(code_dtype)
     require(dtype.name in EIGHT_BITS, "code_dtype", dtype.name, f"one of {EIGHT_BITS}")
     return dtype, 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
 
 
-def _rounded(steps: Any, dtype: Any, top: float) -> Any:
-    """Nearest codes, ties to even; floats are clipped first, for beyond their range lies no number."""
+def rounded(steps: Any, dtype: Any, top: float) -> Any:
+    """Nearest codes of 8 bits, ties to even; floats are clipped first, for beyond their range lies no number."""
     if dtype == jnp.int8:
         return jnp.clip(jnp.round(steps), -top - 1, top).astype(dtype)
     return jnp.clip(steps, -top, top).astype(dtype)
@@ -168,11 +168,11 @@ def quantize_weight(
     floats = ("float16", "bfloat16", "float32")
     require(dtype.name in floats, "scale_dtype", dtype.name, f"one of {floats}")
     values = w.astype(jnp.float32).reshape(N, K // size, size)
-    kind, top = _in_range(code_dtype)
+    kind, top = in_range(code_dtype)
     require(kind == jnp.int8 or bits == 8, "code_dtype", kind.name, "int8 with 4 bits")
     top = 7.0 if bits == 4 else top
     if symmetric:
-        step, offset = jnp.maximum(jnp.abs(values).max(axis=2), _LEAST) * clip / top, None
+        step, offset = jnp.maximum(jnp.abs(values).max(axis=2), LEAST) * clip / top, None
     else:
         low, high = values.min(axis=2), values.max(axis=2)
         step = (high - low) * clip / (2 * top + 1)
@@ -183,7 +183,7 @@ def quantize_weight(
     scale = scale.astype(dtype)
     shifted = values if offset is None else values - offset.astype(jnp.float32)[..., None]
     divisor = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
-    codes = _rounded(shifted / divisor, kind, top).reshape(N, K)
+    codes = rounded(shifted / divisor, kind, top).reshape(N, K)
     return QuantizedWeight(
         codes if bits == 8 else pack_codes(codes), scale.T, None if offset is None else offset.T, bits
     )
@@ -233,9 +233,9 @@ def quantize_rows(
     require(size > 0 and K % size == 0, "x.shape", x.shape, f"K a multiple of {size}")
     require(0 < clip <= 1, "clip", clip, "above 0 and at most 1")
     values = x.astype(jnp.float32).reshape(M, K // size, size)
-    kind, top = _in_range(code_dtype)
-    scale = jnp.maximum(jnp.abs(values).max(axis=2), _LEAST) * clip / top
-    codes = _rounded(values / scale[..., None], kind, top)
+    kind, top = in_range(code_dtype)
+    scale = jnp.maximum(jnp.abs(values).max(axis=2), LEAST) * clip / top
+    codes = rounded(values / scale[..., None], kind, top)
     return QuantizedRows(codes.reshape(M, K), scale)
 
 

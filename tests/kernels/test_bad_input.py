@@ -12,6 +12,7 @@ from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.gated_delta.step import gated_delta_step
 from pallas_kernels.gated_delta.window import gated_delta_window
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.norm_quant import norm_quant
 from pallas_kernels.paged_attention import OpenTail, page_scores, paged_attention
 from pallas_kernels.segmented_matmul import segmented_matmul
 from pallas_kernels.ssd import ssd
@@ -77,6 +78,7 @@ GOOD = {
     ssd_step: {**one_token(SSD), "D": F(4), **POOL},
     ssd_window: {**SSD, "D": F(4), **WINDOW},
     grouped_matmul: {"x": F(8, 16), "w": F(3, 16, 8), "sizes": Z(3)},
+    norm_quant: {"x": F(4, 32), "weight": F(32), "residual": F(4, 32)},
     segmented_matmul: {
         "x": F(8, 16),
         "a": F(3, 16, 4),
