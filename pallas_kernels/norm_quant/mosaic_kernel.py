@@ -69,7 +69,7 @@ class Plan:
 
 
 def compiler_params() -> Any:
-    """Layouts are written out here; divisions and roots are exact."""
+    """Layouts are written out here; quotients and roots are as exact as Mosaic makes them, within 2 units in the last place."""
     plgpu = compat.plgpu
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
