@@ -311,6 +311,13 @@ def test_the_kernel_lowers_and_xla_does_nothing_large_beside_it(one):
     assert lowering.outside(text) == lowering.Outside(0, 0, ())
 
 
+@pytest.mark.parametrize("name", ["8B M16", "e5m2 8B M4096 group128"])
+def test_xla_lowers_for_other_devices(name):
+    one = next(each for each in CASES if each.name == name)
+    for lower in (lowering.lower_cuda, lowering.lower_tpu):
+        assert "custom_call" not in lower(one.call("xla"), one.avals())
+
+
 def test_a_row_of_any_size_fits_the_shared_memory():
     """Of all that the kernel takes."""
     for group in (None, 32, 64, 128):
