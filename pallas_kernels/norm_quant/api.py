@@ -39,7 +39,8 @@ def norm_quant(
     Differentiable by x, weight and residual as what it stands for is: through the new residual and through the scales.
     Codes have no gradient, float8 or not, as in ``quantized_matmul``: whoever trains through them passes y on straight.
 
-    Source: RMSNorm (arXiv 1910.07467); Atom's quantiser of activations, fused with the norm (arXiv 2310.19102, section 4.3).
+    Source: RMSNorm (arXiv 1910.07467); Atom's quantiser of activations, which it fuses with what comes before it
+    (arXiv 2310.19102).
 
     Args:
         x: finite rows, bfloat16 or float32; leading dimensions become the one of the codes.
