@@ -111,7 +111,7 @@ def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> jax.Array:
 def upper_nibbles(x: jax.Array, layout: Any) -> tuple[Any, Any]:
     """Of bytes that are two codes plus 8, sixteen times the codes, of the low nibbles and of the high ones.
 
-    Two instructions and one for four bytes: the bias goes by exclusive or, and what crosses bytes is masked.
+    Four instructions for four bytes: the bias goes by exclusive or, once for both, and what crosses bytes is masked.
 
     Args:
         x: int8, in registers of this layout, four neighbours a thread.
