@@ -28,6 +28,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "moe": kernels.moe,
     "kernels_aot": kernels.kernels_aot,
     "kernel_ops": kernels.kernel_ops,
+    "rescale_cost": kernels.rescale_cost,
     "kernels_torch": kernels.kernels_torch,
     "convert_memory": training.convert_memory,
     "ssd_memory": training.ssd_memory,

@@ -186,6 +186,34 @@ def store(ref: Any, value: jax.Array, *, optimized: bool = True) -> None:
         ref[...] = value
 
 
+def on_words(x: jax.Array, layout: Any, word: Callable[[Any, Callable[[int], Any], Any], Any]) -> jax.Array:
+    """Bytes in registers, taken four at a time as the word of 32 bits that they lie in: not for the interpreter.
+
+    Args:
+        x: int8 of this layout, a multiple of four neighbours a thread.
+        word: from MLIR's word, a function that makes constants, and MLIR's ``arith``, the word that replaces it.
+    """
+    plgpu, utils = _module("plgpu"), importlib.import_module("jax.experimental.mosaic.gpu.utils")
+    ir, arith = (importlib.import_module(f"jaxlib.mlir.{name}") for name in ("ir", "dialects.arith"))
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
+    )
+    def inline(_ctx: Any, given: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+
+        def constant(value: int) -> Any:
+            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+        registers = given.registers.copy()
+        for at, held in enumerate(registers.flat):
+            replaced = word(utils.bitcast(held, i32), constant, arith)
+            registers.flat[at] = utils.bitcast(replaced, held.type)
+        return type(given)(_registers=registers, _layout=given.layout, _is_signed=given.is_signed)
+
+    return inline(x)
+
+
 def cudnn_version() -> int | None:
     """The version of cuDNN that JAX found, or None."""
     versions = importlib.import_module("jax._src.lib").cuda_versions

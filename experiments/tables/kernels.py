@@ -130,6 +130,43 @@ def kernels_aot(data: dict[str, Any]) -> str:
     return f"{markdown(header, lines, right=range(4, 12))}\nCompiled for {where}; {turns}; - where not recorded.{absent}\n"
 
 
+def rescale_cost(data: dict[str, Any]) -> str:
+    """What bench/rescale_cost.py counted: one line per case, a figure per version of JAX."""
+    versions = list(dict.fromkeys(r["jax"] for r in data["results"]))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in data["results"]:
+        found.setdefault(result["case"], []).append(result)
+
+    def each(results: list[dict[str, Any]], name: str, digits: int = 0) -> str:
+        return " / ".join(dict.fromkeys(number(r[name], digits) for r in results))
+
+    lines = [
+        (
+            case,
+            *(
+                each(rows, name)
+                for name in (
+                    "tensor_cycles",
+                    "memory_cycles",
+                    "convert",
+                    "scale",
+                    "unpack",
+                    "other",
+                    "total",
+                )
+            ),
+            *(each(rows, name, 2) for name in ("estimated_share", "scales_share", "total_share")),
+        )
+        for case, rows in found.items()
+    ]
+    header = ("case", "products, cycles", "weights from memory, cycles", "to float32", "scale and add")
+    header += ("unpack, other bits", "the rest", "all instructions")
+    header += ("scales / products, by arithmetic", "scales / products, counted", "all / products")
+    absent = "".join(f" jax {version} was left out: {why}." for version, why in data["missing"].items())
+    where = f"{data['target']}; jax {' and '.join(versions)}, two figures where they differ"
+    return f"{markdown(header, lines, right=range(1, 11))}\nCompiled for {where}.{absent}\n"
+
+
 def kernel_ops(data: dict[str, Any]) -> str:
     """Every op of pallas_kernels and its kernels, with what bench/kernels_aot.py wrote of them."""
     header = (

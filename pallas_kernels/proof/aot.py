@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.cases import Case, cases
-from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
+from pallas_kernels.proof.ptxas import Kernel, listings, mosaic_kernels, triton_kernels
 from pallas_kernels.proof.sass import Loops, nvdisasm
 
 ROOT = Path(__file__).parents[2]
@@ -132,46 +132,68 @@ def _mesh() -> Any:
     return compat.topologies.make_mesh(topology, (1,), ("x",))
 
 
-def _compile(case: Any, implementation: str, mesh: Any) -> Compilation:
+def _dump(case: Any, implementation: str, mesh: Any, folder: str) -> tuple[str, Any]:
+    """Compiles a case, its kernels' files left in ``folder``: the lowered text, and XLA's account of memory."""
     import jax
 
+    from pallas_kernels.proof.lowering import require_kernel
+
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    if nvdisasm() is not None:
+        os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    avals = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere) for name, a in case.avals().items()
+    }
+    try:
+        with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
+            call = case.call(implementation)
+            lowered = jax.jit(lambda arrays: call(arrays)).lower(avals)
+            text = lowered.as_text()
+            require_kernel(text, implementation)
+            dump: dict[str, Any] = {"xla_dump_to": f"{folder}/xla"} if implementation == "triton" else {}
+            return text, lowered.compile(compiler_options=dump).memory_analysis()
+    finally:
+        for name in ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_SASS"):
+            os.environ.pop(name, None)
+
+
+def _compile(case: Any, implementation: str, mesh: Any) -> Compilation:
     from pallas_kernels import compat
-    from pallas_kernels.proof.lowering import require_kernel, triton_names
+    from pallas_kernels.proof.lowering import triton_names
 
     start = time.perf_counter()
     found = Compilation(case.op, case.name, implementation, compat.JAX)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        if nvdisasm() is not None:
-            os.environ["MOSAIC_GPU_DUMP_SASS"] = "1"
-        everywhere = jax.NamedSharding(mesh, jax.P())
-        avals = {
-            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
-            for name, a in case.avals().items()
-        }
         try:
-            with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
-                call = case.call(implementation)
-                lowered = jax.jit(lambda arrays: call(arrays)).lower(avals)
-                text = lowered.as_text()
-                require_kernel(text, implementation)
-                dump: dict[str, Any] = {"xla_dump_to": f"{folder}/xla"} if implementation == "triton" else {}
-                memory: Any = lowered.compile(compiler_options=dump).memory_analysis()
+            text, memory = _dump(case, implementation, mesh, folder)
             if implementation == "triton":
                 kernels = triton_kernels(Path(folder, "xla"), triton_names(text))
             else:
                 kernels = mosaic_kernels(Path(folder))
         except Exception as error:
             return replace(found, error=f"{type(error).__name__}: {error}".strip()[:600])
-        finally:
-            for name in ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_SASS"):
-                os.environ.pop(name, None)
     return replace(
         found,
         seconds=round(time.perf_counter() - start, 2),
         temp_bytes=memory.temp_size_in_bytes,
         kernels=tuple(kernels),
     )
+
+
+def machine_code(case: Case) -> list[str]:
+    """nvdisasm's listing of each Mosaic kernel of a case, compiled by this process's own JAX and its CUDA plugin.
+
+    A process compiles the same kernel once, and a second time finds none: one case a process.
+
+    Raises:
+        FileNotFoundError: there is no nvdisasm.
+    """
+    if nvdisasm() is None:
+        raise FileNotFoundError("no nvdisasm: neither its package nor a CUDA toolkit is here")
+    with tempfile.TemporaryDirectory() as folder:
+        _dump(case, "mosaic_gpu", _mesh(), folder)
+        return listings(Path(folder))
 
 
 def _child() -> None:

@@ -114,6 +114,14 @@ def _kernel(report: str, ptx: str, dynamic: int | None, listing: str | None = No
     )
 
 
+def listings(folder: Path) -> list[str]:
+    """The machine code of the Mosaic kernels that were dumped into a folder."""
+    files = [file for end in _LISTINGS for file in sorted(folder.glob(f"*{end}"))]
+    # Of two forms the first.
+    found = {file.stem: file for file in reversed(files)}
+    return [found[name].read_text(errors="replace") for name in sorted(found)]
+
+
 def mosaic_kernels(folder: Path) -> list[Kernel]:
     """The Mosaic kernels that were dumped into a folder (``MOSAIC_GPU_DUMP_TO``)."""
     found = []

@@ -5,9 +5,11 @@ listing is cut into basic blocks, and loops are the natural ones: an edge back t
 wait that is spun on stands out of line and jumps back into the middle of what waits, without being a loop around it.)
 """
 
+import math
 import re
 import shutil
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _WGMMA = ("HGMMA", "QGMMA", "IGMMA", "BGMMA")
 _TMA = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")
 _SPILL = ("STL", "LDL")
+# Rows, columns and depth of the product of one instruction.
+_SIZE = re.compile(r"\.(\d+)x(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def nvdisasm() -> str | None:
 @dataclass
 class _Block:
     names: list[str]
+    full: list[str]
     labels: list[str]
     to: str | None = None
     falls: bool = True
@@ -52,22 +57,23 @@ class _Block:
 
 def _blocks(listing: str) -> list[_Block]:
     """Basic blocks in the order of the text; a block ends at a branch, an exit, and before a label."""
-    blocks = [_Block([], [])]
+    blocks = [_Block([], [], [])]
     for line in listing.splitlines():
         if label := _LABEL.match(line):
             if blocks[-1].names:
-                blocks.append(_Block([], []))
+                blocks.append(_Block([], [], []))
             blocks[-1].labels.append(label[1])
         elif found := _LINE.search(line):
             predicate, name, rest = found[1].strip(), found[2].split(".")[0], found[3]
             block = blocks[-1]
             block.names.append(name)
+            block.full.append(found[2])
             target = _TARGET.search(rest)
             if name in ("BRA", "EXIT", "RET", "BRX", "KILL"):
                 block.to = target[1] if target and name == "BRA" else None
                 # A second operand of a branch is a predicate too: `BRA P0, target`, `BRA.U UP0, target`.
                 block.falls = bool(predicate) or bool(re.match(r"!?U?P\d", rest))
-                blocks.append(_Block([], []))
+                blocks.append(_Block([], [], []))
     return [block for block in blocks if block.names]
 
 
@@ -123,28 +129,85 @@ def natural_loops(edges: list[list[int]]) -> list[set[int]]:
     return list(loops.values())
 
 
+class _Program:
+    """A listing's blocks, and its innermost loops that hold instructions of some names."""
+
+    def __init__(self, listing: str):
+        self.blocks = _blocks(listing)
+        if not self.blocks:
+            raise ValueError(f"no listing of nvdisasm: {listing[:200]!r}")
+        self.found = natural_loops(_edges(self.blocks))
+
+    def count(self, loop: set[int], names: Iterable[str]) -> int:
+        return sum(self.blocks[number].names.count(name) for number in loop for name in names)
+
+    def innermost(self, names: tuple[str, ...]) -> list[set[int]]:
+        held = [loop for loop in self.found if self.count(loop, names)]
+        return [loop for loop in held if not any(other < loop for other in held)]
+
+
 def loops(listing: str) -> Loops:
     """What one kernel's loops hold.
 
     Raises:
         ValueError: no instruction is found in the listing.
     """
-    blocks = _blocks(listing)
-    if not blocks:
-        raise ValueError(f"no listing of nvdisasm: {listing[:200]!r}")
-    found = natural_loops(_edges(blocks))
-
-    def count(loop: set[int], names: Iterable[str]) -> int:
-        return sum(blocks[number].names.count(name) for number in loop for name in names)
-
-    def innermost(names: tuple[str, ...]) -> list[set[int]]:
-        held = [loop for loop in found if count(loop, names)]
-        return [loop for loop in held if not any(other < loop for other in held)]
-
-    products, copies = innermost(_WGMMA), innermost(_TMA)
+    program = _Program(listing)
+    count = program.count
+    products, copies = program.innermost(_WGMMA), program.innermost(_TMA)
     together = set().union(*products, *copies)
     return Loops(
         max((count(loop, _WGMMA) for loop in products), default=0),
         max((count(loop, _TMA) for loop in copies), default=0),
         count(together, _SPILL),
     )
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The instructions of one turn of a kernel's main loop: the innermost one that has most tensor core instructions.
+
+    What waits out of line and jumps back into the loop is counted once, as if it had to wait once.
+
+    Attributes:
+        counts: how many of each, by its name with what follows the dot, e.g. "I2FP.F32.S32".
+        products: multiply-adds of the tensor core instructions among them, of a warpgroup.
+    """
+
+    counts: dict[str, int]
+    products: int
+
+    def of(self, *names: str) -> int:
+        """How many instructions of these names; a name stands for all that begin with it and a dot."""
+        return sum(
+            many
+            for found, many in self.counts.items()
+            if any(found == name or found.startswith(f"{name}.") for name in names)
+        )
+
+    @property
+    def total(self) -> int:
+        """All of them, which one scheduler issues one by one for its warp of the warpgroup."""
+        return sum(self.counts.values())
+
+
+def mix(listing: str) -> Mix:
+    """The instructions of a kernel's main loop.
+
+    Raises:
+        ValueError: there is no listing, or no loop with a tensor core instruction in it.
+    """
+    program = _Program(listing)
+    held = program.innermost(_WGMMA)
+    if not held:
+        raise ValueError("no loop holds a tensor core instruction")
+    main = max(held, key=lambda loop: program.count(loop, _WGMMA))
+    counts = Counter(name for number in sorted(main) for name in program.blocks[number].full)
+    products = 0
+    for name, many in counts.items():
+        if name.split(".")[0] in _WGMMA:
+            size = _SIZE.search(name)
+            if size is None:
+                raise ValueError(f"no size in {name!r}")
+            products += many * math.prod(map(int, size.groups()))
+    return Mix(dict(counts), products)

@@ -115,6 +115,55 @@ def _inputs_of_codes(M: int, N: int, K: int, group: int | None, kind: str, key: 
     }
 
 
+def call_packed(*, x: Any, x_scale: Any, codes: Any, scale: Any, out_dtype: str, implementation: str) -> Any:
+    """``quantized_matmul`` of rows of int8 and weights in 4 bits."""
+    rows, w = QuantizedRows(x, x_scale), QuantizedWeight(codes, scale)
+    return quantized_matmul(rows, w, out_dtype=jnp.dtype(out_dtype), implementation=implementation)
+
+
+def _inputs_of_packed(M: int, N: int, K: int, row_bits: int, grouped: bool, key: PRNGKeyArray) -> Arrays:
+    draw = jax.random.split(key, 4)
+    groups, most = K // 128, 1 << (row_bits - 1)
+    return {
+        "x": jax.random.randint(draw[0], (M, K), -most, most, jnp.int8),
+        "x_scale": jax.random.uniform(draw[1], (M, groups if grouped else 1), jnp.float32, 0.5, 2) / most,
+        "codes": jax.random.bits(draw[2], (N, K // 2), jnp.uint8),
+        "scale": jax.random.uniform(draw[3], (groups, N), jnp.float16, 0.01, 0.1),
+    }
+
+
+def case_of_packed(
+    name: str,
+    stands_for: str,
+    M: int,
+    N: int,
+    K: int,
+    *,
+    row_bits: int = 8,
+    grouped: bool = True,
+    **more: Any,
+) -> Case:
+    """W4A8, or W4A4 whose rows lie one code to a byte, at one shape; small ones leave in float32."""
+    small = bool(more.get("small"))
+    groups, width = K // 128, 4 if small else 2
+    more = {"tolerance": 1e-6 if small else 4e-3} | more
+    return Case(
+        name=name,
+        op="quantized_matmul",
+        function=call_packed,
+        inputs=partial(_inputs_of_packed, M, N, K, row_bits, grouped),
+        options={"out_dtype": "float32" if small else "bfloat16"},
+        stands_for=stands_for,
+        flops=2.0 * M * N * K,
+        bytes_moved=1.0 * M * K
+        + N * K / 2
+        + 2 * groups * N
+        + 4 * M * (groups if grouped else 1)
+        + width * M * N,
+        **more,
+    )
+
+
 def case_of_codes(
     name: str,
     stands_for: str,
@@ -210,5 +259,32 @@ CASES = [
         )
         for name, kind in (("e4m3", "float8_e4m3fn"), ("e5m2", "float8_e5m2"))
         for M, phase in ((16, "decode of 16"), (4096, "prefill"))
+    ),
+    case_of_packed("small W4A8 M5", "few rows, a scale a row", 5, 128, 384, grouped=False, small=True),
+    case_of_packed("small W4A4 M40", "a scale for each group", 40, 128, 256, row_bits=4, small=True),
+    case_of_packed(
+        "small W4A8 gradients",
+        "gradients by the scales",
+        *(3, 128, 256),
+        small=True,
+        gradients=("x_scale", "scale"),
+        # The scales' own dtype.
+        tolerance=4e-3,
+    ),
+    *(
+        case_of_packed(
+            f"{name} {where} M{M}", f"{stands_for}, {phase}", M, N, K, row_bits=bits, grouped=grouped
+        )
+        for name, bits, grouped in (("W4A8", 8, False), ("W4A4", 4, True))
+        for where, stands_for, N, K in (
+            ("8B up", "nemotron-h-8b, up projection", 21504, 4096),
+            ("8B down", "nemotron-h-8b, down projection", 4096, 21504),
+        )
+        for M, phase in ((16, "decode of 16"), (4096, "prefill"))
+    ),
+    case_of_packed(
+        "W4A8 Nano expert M128",
+        "nemotron-3-nano, down projection of the shared expert, rows of one",
+        *(128, 2688, 3712),
     ),
 ]

@@ -136,6 +136,7 @@ def quantize_weight(
     clip: float = 1.0,
     scale_dtype: DTypeLike = jnp.float16,
     code_dtype: DTypeLike = jnp.int8,
+    shared: int = 1,
 ) -> QuantizedWeight:
     """Round to the nearest code, group by group (Atom's quantiser B; with ``clip=0.85`` as for its weights).
 
@@ -152,9 +153,10 @@ def quantize_weight(
         scale_dtype: of scale and offset: float16, bfloat16 or float32. The steps of e5m2 are 450 times smaller than those
             of int8: bfloat16 or float32 has room for them.
         code_dtype: int8, float8_e4m3fn or float8_e5m2, with 8 bits; codes of 4 bits are integers.
+        shared: neighbouring outputs whose groups have one scale, where symmetric; it is stored for each of them.
 
     Raises:
-        ValueError: an argument is not as above, or ``group`` does not divide K.
+        ValueError: an argument is not as above, or ``group`` does not divide K or ``shared`` N.
     """
     require(w.ndim == 2, "w.shape", w.shape, "two dimensions [N, K], outputs first")
     N, K = w.shape
@@ -164,6 +166,8 @@ def quantize_weight(
     require(size > 0 and K % size == 0 and K * bits % 8 == 0, "w.shape", w.shape, f"K a multiple of {size}")
     require(0 < clip <= 1, "clip", clip, "above 0 and at most 1")
     require(symmetric or bits == 4, "symmetric", symmetric, "True with 8 bits")
+    fits = shared == 1 or (shared > 0 and symmetric and N % shared == 0)
+    require(fits, "shared", shared, f"1, or where symmetric a divisor of N = {N}")
     dtype = jnp.dtype(scale_dtype)
     floats = ("float16", "bfloat16", "float32")
     require(dtype.name in floats, "scale_dtype", dtype.name, f"one of {floats}")
@@ -172,7 +176,9 @@ def quantize_weight(
     require(kind == jnp.int8 or bits == 8, "code_dtype", kind.name, "int8 with 4 bits")
     top = 7.0 if bits == 4 else top
     if symmetric:
-        step, offset = jnp.maximum(jnp.abs(values).max(axis=2), LEAST) * clip / top, None
+        largest = jnp.abs(values).max(axis=2)
+        largest = jnp.repeat(largest.reshape(N // shared, shared, K // size).max(axis=1), shared, axis=0)
+        step, offset = jnp.maximum(largest, LEAST) * clip / top, None
     else:
         low, high = values.min(axis=2), values.max(axis=2)
         step = (high - low) * clip / (2 * top + 1)
@@ -214,14 +220,16 @@ def quantize_rows(
     group: int | None = None,
     clip: float = 1.0,
     code_dtype: DTypeLike = jnp.int8,
+    bits: int = 8,
 ) -> QuantizedRows:
-    """Round activations to 8 bits, symmetric, the range that of each row or each group of a row (Atom's quantiser B).
+    """Round activations to 8 bits, or 4 that lie one code to a byte, symmetric, the range that of each row or each group of a row (Atom's quantiser B).
 
     Args:
         x: finite rows.
         group: inputs that share a scale: 32, 64 or 128; None: all of a row's.
         clip: factor of the range, above 0 and at most 1.
-        code_dtype: int8, float8_e4m3fn or float8_e5m2.
+        code_dtype: int8, float8_e4m3fn or float8_e5m2; of 4 bits int8.
+        bits: 8, or 4: codes -8..7, of which -8 is reached with ``clip`` below 1 only.
 
     Raises:
         ValueError: an argument is not as above, or ``group`` does not divide K.
@@ -234,6 +242,9 @@ def quantize_rows(
     require(0 < clip <= 1, "clip", clip, "above 0 and at most 1")
     values = x.astype(jnp.float32).reshape(M, K // size, size)
     kind, top = in_range(code_dtype)
+    require(bits in (4, 8), "bits", bits, "4 or 8")
+    require(kind == jnp.int8 or bits == 8, "code_dtype", kind.name, "int8 with 4 bits")
+    top = 7.0 if bits == 4 else top
     scale = jnp.maximum(jnp.abs(values).max(axis=2), LEAST) * clip / top
     codes = rounded(values / scale[..., None], kind, top)
     return QuantizedRows(codes.reshape(M, K), scale)

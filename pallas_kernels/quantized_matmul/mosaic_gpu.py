@@ -1,4 +1,4 @@
-"""Weights in 4 bits, NVFP4 among them, times bfloat16 rows, and codes of 8 bits times codes of 8 bits, on Hopper.
+"""Weights in 4 bits, NVFP4 among them, times bfloat16 or coded rows, and codes of 8 bits times codes of 8 bits, on Hopper.
 
 Of few rows the kernels leave sums of shares, transposed, that XLA adds up.
 """
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tiles
-from pallas_kernels.quantized_matmul import mosaic_codes, mosaic_kernel, xla
+from pallas_kernels.quantized_matmul import mosaic_codes, mosaic_kernel, mosaic_packed, xla
 from pallas_kernels.quantized_matmul.codes import QuantizedRows, QuantizedWeight
 from pallas_kernels.quantized_matmul.mosaic_kernel import HIGH, OUTPUTS, Tiles
 
 REASON = "codes by TMA and warpgroup matrix products on Hopper, of few rows split over the inputs"
 BESIDE = (
-    "of 4 bits: even and odd inputs of x apart and its sums by group; of few rows the sum of the shares and their "
-    "transposition; the gradients"
+    "of 4 bits: even and odd inputs of x apart, its sums by group where they are floats, and the transposition of the "
+    "result; of few rows the sum of the shares and their transposition; the gradients"
 )
 
 # The 16 bytes of 32 codes are less than the least swizzle of shared memory.
@@ -27,9 +27,23 @@ _COLUMNS = (32, 64, 128)
 _MULTIPROCESSORS = 132
 
 
+def _supports_packed(x: QuantizedRows, w: QuantizedWeight) -> str | None:
+    if x.codes.dtype != jnp.int8:
+        return f"weights in 4 bits have a kernel with rows of int8 only, not {x.codes.dtype.name}"
+    if w.offset is not None:
+        return "weights in 4 bits without offsets, with rows in 8 bits"
+    if w.group != mosaic_packed.GROUP:
+        return (
+            f"groups of {mosaic_packed.GROUP} inputs with rows in 8 bits, not {w.group}, which xla multiplies"
+        )
+    if w.shape[0] % OUTPUTS:
+        return f"outputs in multiples of {OUTPUTS}, not {w.shape[0]}"
+    return "there is nothing to multiply" if 0 in (*x.shape, w.shape[0]) else None
+
+
 def _supports_codes(x: QuantizedRows, w: QuantizedWeight) -> str | None:
-    if w.bits != 8:
-        return "weights in 4 bits have no kernel with rows in 8 bits yet, xla multiplies them"
+    if w.bits == 4:
+        return _supports_packed(x, w)
     kinds = (x.codes.dtype.name, w.codes.dtype.name)
     if kinds[0] != kinds[1]:
         return f"codes of rows and weights of one dtype, not {kinds[0]} and {kinds[1]}"
@@ -97,8 +111,27 @@ def product(x, w: QuantizedWeight, _dtype, out_dtype):
     return xla.scaled(shares.sum(axis=0)[:, :M].T, w).astype(out_dtype)
 
 
+def _of_packed(x, x_scale, codes, scale, out_dtype):
+    """``x @ W.T`` of rows of codes and weights in 4 bits."""
+    (M, _), N, groups = x.shape, codes.shape[0], scale.shape[0]
+    columns = columns_of(M)
+    blocks = -(-M // columns)
+    fill = ((0, blocks * columns - M), (0, 0))
+    x = jnp.pad(x, fill)
+    own = jnp.pad(x_scale, fill).T if x_scale.shape[1] > 1 or groups == 1 else None
+    config = tiles.tiles("quantized_matmul", f"4 by 8 bits M{columns}", Tiles())
+    shares = mosaic_packed.launch(
+        *(jnp.stack([x[:, 0::2], x[:, 1::2]]), own, codes, scale),
+        columns=columns,
+        stages=config.stages,
+        splits=splits_of(config.splits, N // OUTPUTS * blocks, groups),
+    )
+    y = shares.sum(axis=0)[:, :M].T
+    return (y if own is not None else y * x_scale).astype(out_dtype)
+
+
 def _of_codes(x, x_scale, codes, scale, out_dtype):
-    """``x @ W.T`` of codes: the many rows left, so that few rows make the kernel's result the transposed one."""
+    """``x @ W.T`` of codes of 8 bits: the many rows left, so that few rows make the kernel's result the transposed one."""
     (M, K), (N, _), x_scale = x.shape, codes.shape, x_scale.T
     groups = scale.shape[0]
     turned = M <= mosaic_codes.LEFT
@@ -123,21 +156,21 @@ def _of_codes(x, x_scale, codes, scale, out_dtype):
     return y.astype(out_dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def product_of_codes(x, x_scale, codes, scale, out_dtype):
-    """:func:`_of_codes` with gradients by the scales, which XLA computes."""
-    return _of_codes(x, x_scale, codes, scale, out_dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def product_of_codes(x, x_scale, codes, scale, bits, out_dtype):
+    """The product of rows of codes with weights of ``bits``; its gradients by the scales are XLA's."""
+    return (_of_packed if bits == 4 else _of_codes)(x, x_scale, codes, scale, out_dtype)
 
 
-def _fwd(x, x_scale, codes, scale, out_dtype):
-    return _of_codes(x, x_scale, codes, scale, out_dtype), (x, x_scale, codes, scale)
+def _fwd(x, x_scale, codes, scale, bits, out_dtype):
+    return product_of_codes(x, x_scale, codes, scale, bits, out_dtype), (x, x_scale, codes, scale)
 
 
-def _bwd(out_dtype, residuals, g):
+def _bwd(bits, out_dtype, residuals, g):
     x, x_scale, codes, scale = residuals
 
     def through_xla(x_scale, scale):
-        w = QuantizedWeight(codes, scale, None, 8)
+        w = QuantizedWeight(codes, scale, None, bits)
         return xla.codes_by_codes(QuantizedRows(x, x_scale), w, out_dtype)
 
     dx_scale, dscale = jax.vjp(through_xla, x_scale, scale)[1](g)
@@ -150,7 +183,7 @@ product_of_codes.defvjp(_fwd, _bwd)
 def run(x, w, *, operand_dtype, out_dtype):
     del operand_dtype
     if isinstance(x, QuantizedRows):
-        return product_of_codes(x.codes, x.scale, w.codes, w.scale, out_dtype)
+        return product_of_codes(x.codes, x.scale, w.codes, w.scale, w.bits, out_dtype)
     return xla.differentiable(
         product, x, w.codes, w.scale, w.offset, w.tensor_scale, w.bits, jnp.dtype(jnp.bfloat16), out_dtype
     )

@@ -11,7 +11,7 @@ from experiments.bench import kernels_aot
 from experiments.tables import kernels as tables
 from pallas_kernels.proof.aot import Compilation, Job, compile_jobs
 from pallas_kernels.proof.ptxas import Kernel, mosaic_kernels, triton_kernels
-from pallas_kernels.proof.sass import Loops, loops
+from pallas_kernels.proof.sass import Loops, loops, mix
 from tests.kernels.proof import scaled
 
 REPORT = """ptxas info    : 0 bytes gmem
@@ -94,6 +94,24 @@ def test_blocks_of_a_multiprocessor(registers, shared, threads, blocks):
 def test_a_listing_without_instructions_is_refused():
     with pytest.raises(ValueError, match="no listing"):
         loops("nvdisasm: error")
+    with pytest.raises(ValueError, match="no listing"):
+        mix("nvdisasm: error")
+    with pytest.raises(ValueError, match="no loop holds a tensor core instruction"):
+        mix("        /*0000*/   EXIT ;")
+
+
+def test_the_mix_of_a_loop_is_counted_by_name():
+    """Of the inner loop alone: its own blocks, and the wait that is spun on out of line and jumps back into it."""
+    found = mix(LISTING)
+    assert found.counts == {
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT": 2,
+        "BRA": 4,
+        "HGMMA.64x128x16.F32.BF16": 1,
+        "LDL": 1,
+        "IGMMA.64x128x32.S8.S8": 1,
+    }
+    assert found.total == 9 and found.products == 64 * 128 * (16 + 32)
+    assert (found.of("SYNCS", "LDL"), found.of("SYNC"), found.of("IGMMA.64x128x32")) == (3, 0, 1)
 
 
 def test_a_triton_kernel_without_ptx_has_no_figures_but_a_reason(tmp_path):
