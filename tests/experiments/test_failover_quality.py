@@ -35,9 +35,13 @@ def test_the_quick_form_runs(tmp_path):
     out = tmp_path / "failover_quality.json"
     assert experiment.main(["--quick", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert [row["method"] for row in found["rows"]] == ["no failure", "mecefo", "drop"]
-    none, mecefo, drop = found["runs"]
+    swept = ["mecefo, rank full", "mecefo, rank 16, drawn bases"]
+    assert [row["method"] for row in found["rows"]] == ["no failure", "mecefo", "drop", *swept]
+    none, mecefo, drop, full, drawn = found["runs"]
     # Half of the gradients are cheaper while one of four is dead, and none where it is only left out.
     assert none["degraded"] == drop["degraded"] == 0 and mecefo["degraded"] in (0, 0.5)
     assert all(run["loss"] < run["validation"][0][1] for run in found["runs"])
+    # Attention is skipped at the full rank too.
+    assert not none["errors"] and all(each["errors"] for each in (mecefo, drop, full, drawn))
+    assert 0 < full["errors"][0][1] < mecefo["errors"][0][1] < 1
     assert out.with_suffix(".png").stat().st_size > 5_000
