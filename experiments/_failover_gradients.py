@@ -52,7 +52,7 @@ def _make_of_shards(
     return jax.jit(of_shards)
 
 
-def relative_error(
+def mean_gradients(
     cfg: ModelConfig,
     params: Params,
     batch: PackedBatch,
@@ -61,8 +61,8 @@ def relative_error(
     failover: FailoverSettings,
     bases: Mapping[str, Array] | None = None,
     settings: StepSettings | None = None,
-) -> float:
-    """``|g' - g| / |g|`` over all parameters, of the mean gradient g of a batch and what a step makes of it under failures.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What a step makes of the mean gradient of a batch under failures, and that gradient; float64 by dotted path.
 
     Without the loop of `jaxllm.train.failover`: gradients of all shards are taken both ways and put together afterwards.
 
@@ -94,13 +94,19 @@ def relative_error(
     def total(grads: Array, shards: np.ndarray) -> np.ndarray:
         return np.tensordot(1.0 * shards, np.asarray(grads, np.float64), 1)
 
-    square = norm = 0.0
-    both = flatten(exact), flatten(cheaper)
-    for name, own in both[0].items():
-        true = total(own, trained | True) / weights.sum()
+    given, true = {}, {}
+    cheaper = flatten(cheaper)
+    for name, own in flatten(exact).items():
         taken = whole if letter_of(cfg, name) in skipped else trained
-        given = total(own, whole) + total(both[1][name], taken & cheap)
         # Where nobody has a gradient of it, a parameter stays as it is.
-        given = given / max(weights[taken].sum(), 1.0)
-        square, norm = square + ((given - true) ** 2).sum(), norm + (true**2).sum()
-    return float(np.sqrt(square / norm))
+        learnt = total(own, whole) + total(cheaper[name], taken & cheap)
+        given[name] = learnt / max(weights[taken].sum(), 1.0)
+        true[name] = total(own, trained | True) / weights.sum()
+    return given, true
+
+
+def relative_error(*args: Any, **options: Any) -> float:
+    """``|g' - g| / |g|`` over all parameters, of the two of :func:`mean_gradients`, with its arguments."""
+    given, true = mean_gradients(*args, **options)
+    square = sum(((given[name] - each) ** 2).sum() for name, each in true.items())
+    return float(np.sqrt(square / sum((each**2).sum() for each in true.values())))

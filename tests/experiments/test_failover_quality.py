@@ -20,14 +20,21 @@ def test_failures_depend_on_the_seed_alone_and_are_as_frequent_as_stated():
 def test_slots_of_one_worker_are_the_shards_of_all():
     rows = np.arange(8)[:, None]
     batch = experiment.PackedBatch(tokens=rows, segment_ids=rows + 1, positions=rows, targets=rows[..., None])
+    # Those of who does two jobs come last, and are degraded.
     plan, laid = experiment.laid_out(((0,), (1, 2), (3,)), batch, None)
-    assert plan.shards.tolist() == [[0, 1, 2, 3]]
-    assert plan.degraded.tolist() == [[False, True, True, False]]
+    assert plan.shards.tolist() == [[0, 1]] and plan.degraded.tolist() == [[False, True]]
+    assert laid.tokens.ravel().tolist() == [0, 1, 6, 7, 2, 3, 4, 5] == laid.targets.ravel().tolist()
+    plan, laid = experiment.laid_out(((0,), (1,), (2,), (3,)), batch, None)
+    assert plan.shards.tolist() == [[0, 1]] and not plan.degraded.any()
     assert laid.tokens.ravel().tolist() == list(range(8))
-    plan, laid = experiment.laid_out(((0,), (1,), (3,)), batch, None)
-    assert plan.shards.tolist() == [[0, 1, 3, -1]]
-    assert laid.tokens.ravel().tolist() == [0, 1, 2, 3, 6, 7, 0, 0]
-    assert laid.targets.ravel().tolist() == [0, 1, 2, 3, 6, 7, -1, -1]
+    for slots in (1, 2, 4):
+        plan, laid = experiment.laid_out(((0,), (1,), (3,)), batch, None, slots)
+        assert plan.shards.tolist() == [[0, 1, 2, -1] if slots == 4 else list(range(slots))]
+        assert not plan.degraded.any()
+        assert laid.tokens.ravel().tolist() == [0, 1, 2, 3, 6, 7, 0, 0]
+        assert laid.targets.ravel().tolist() == [0, 1, 2, 3, 6, 7, -1, -1]
+    with pytest.raises(ValueError, match="degraded in part"):
+        experiment.laid_out(((0,), (1, 2), (3,)), batch, None, 1)
 
 
 @pytest.mark.slow
