@@ -8,7 +8,9 @@ from typing import Any
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each model, rate and method: mean and spread over seeds, against no failure at the same seeds."""
     rows = []
-    for model, rate, method in dict.fromkeys((run["model"], run["rate"], run["method"]) for run in runs):
+    models = list(dict.fromkeys(run["model"] for run in runs))
+    kinds = dict.fromkeys((run["model"], run["rate"], run["method"]) for run in runs)
+    for model, rate, method in sorted(kinds, key=lambda kind: models.index(kind[0])):
         own = {r["seed"]: r for r in runs if (r["model"], r["rate"], r["method"]) == (model, rate, method)}
         base = {r["seed"]: r for r in runs if (r["model"], r["method"]) == (model, "no failure")}
         losses = [run["loss"] for run in own.values()]

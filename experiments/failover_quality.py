@@ -95,7 +95,7 @@ def sweeps() -> list[Method]:
     return [
         *(Method(f"mecefo, rank {rank}", mecefo(rank=rank)) for rank in (8, 16, 32, "full")),
         Method("mecefo, rank 16, drawn bases", mecefo(rank=16), drawn=True),
-        *(Method(f"mecefo, bases every {steps}", mecefo(refresh=steps)) for steps in (1, 25, 400)),
+        *(Method(f"mecefo, bases every {steps}", mecefo(refresh=steps)) for steps in (25, 400, 1)),
     ]
 
 
@@ -248,12 +248,10 @@ def jobs_of(size: Size) -> Iterator[tuple[str, Method, float, int]]:
             for method in methods(few=place > 0 or quick):
                 for rate in size.rates if method.settings else (0.0,):
                     yield model, method, rate, seed
-        if seed < size.swept:
-            # The others are compared at the greatest rate alone.
-            yield from (
-                (next(iter(size.models)), method, max(size.rates), seed)
-                for method in (sweeps()[3:5] if quick else sweeps())
-            )
+    # These are compared at the greatest rate alone.
+    for seed in range(size.swept):
+        for method in sweeps()[3:5] if quick else sweeps():
+            yield next(iter(size.models)), method, max(size.rates), seed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,11 @@ def failover_quality(data: dict[str, Any]) -> str:
                 number(row["seeds"], 0),
                 f"{row['degraded']:.0%}",
                 number(row["loss"]),
-                _range(row["above_no_failure"], row["gaps"]) if failing else "",
+                f"{row['above_no_failure']:+.3f}" if failing else "",
+                f"{min(row['gaps']):+.3f} to {max(row['gaps']):+.3f}"
+                if len(row["gaps"]) > 1 and failing
+                else "",
+                f"{row['gaps'][0]:+.3f}" if failing else "",
                 number(row["gradient_error"], 2) if failing else "",
                 number(row["greatest_error"], 2) if failing else "",
             )
@@ -27,7 +31,9 @@ def failover_quality(data: dict[str, Any]) -> str:
         "seeds",
         "gradients degraded",
         "validation loss, nats",
-        "above no failure (seeds)",
+        "above no failure",
+        "range of seeds",
+        "first seed",
         "gradient's error, median",
         "greatest",
     )
@@ -36,17 +42,11 @@ def failover_quality(data: dict[str, Any]) -> str:
         f"{inputs['steps']:,} steps of {inputs['workers']} workers' {inputs['rows']} rows of {inputs['length']} tokens each, one "
         f"dead {max(inputs['rates']):.0%} of the time; {data['date'][:10]}, {data['device']['cpu']}.\n"
     )
-    return "\n".join([markdown(header, lines, right=range(1, 7)), said])
+    return "\n".join([markdown(header, lines, right=range(1, 9)), said])
 
 
 def _rates(data: dict[str, Any]) -> int:
     return len({row["rate"] for row in data["rows"] if row["rate"] > 0})
-
-
-def _range(mean: float, each: list[float]) -> str:
-    if len(each) < 2:
-        return f"{mean:+.3f}"
-    return f"{mean:+.3f} ({min(each):+.3f} to {max(each):+.3f})"
 
 
 def failover_cost(data: dict[str, Any]) -> str:
