@@ -52,7 +52,7 @@ def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], workers: int, p
         left.invert_yaxis()
         left.axvline(0, color="#444444", linewidth=0.9)
         left.set(title=f"{model}, one of {workers} dead {rate:.0%} of the time")
-        left.set(xlabel="validation loss above no failure at the end, nats per token; a dot for each seed")
+        left.set(xlabel="nats per token above no failure at the end; a dot for each seed")
         # Those of one seed only are on the left.
         most = max(row["seeds"] for row in own)
         shown = [(place, row["method"], rate) for place, row in enumerate(own) if row["seeds"] == most]
@@ -64,7 +64,7 @@ def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], workers: int, p
             color = "#222222" if place is None else _color(place)
             right.plot(steps, [statistics.fmean(x) for x in each], color=color, linewidth=1.2, label=method)
             right.fill_between(steps, [min(x) for x in each], [max(x) for x in each], color=color, alpha=0.15)
-        right.set(xlabel="step", ylabel="validation loss, nats per token; mean and range of seeds")
+        right.set(title="mean and range of seeds", xlabel="step", ylabel="validation loss, nats per token")
         right.legend(frameon=False, fontsize=8)
         for axes in (left, right):
             axes.grid(alpha=0.25)
