@@ -95,7 +95,7 @@ def sweeps() -> list[Method]:
     return [
         *(Method(f"mecefo, rank {rank}", mecefo(rank=rank)) for rank in (8, 16, 32, "full")),
         Method("mecefo, rank 16, drawn bases", mecefo(rank=16), drawn=True),
-        *(Method(f"mecefo, bases every {steps}", mecefo(refresh=steps)) for steps in (25, 400)),
+        *(Method(f"mecefo, bases every {steps}", mecefo(refresh=steps)) for steps in (1, 25, 400)),
     ]
 
 
