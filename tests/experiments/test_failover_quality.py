@@ -90,7 +90,7 @@ def test_the_table_of_costs_is_relative_to_one_job():
     assert lines[-1] == "| a, degraded | 3 | 1.60 | 1.50 | 2 | 0.25 |"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_quick_form_runs(tmp_path):
     out = tmp_path / "failover_quality.json"
     assert experiment.main(["--quick", "--out", str(out)]) == 0
