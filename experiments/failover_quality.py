@@ -1,22 +1,22 @@
 """What MeCeFO's cheaper gradients cost in quality, beside dropping the lost shards: small models on the quickstart corpus.
 
 Command:  python -m experiments.failover_quality [--quick | --full] [--out FILE]
-Time:     not taken on idle cores; under an hour of two of them, compilation included (--full: three times that).
-Expected: in the order of validation loss: no failure, low-rank gradients alone, skipped mixers alone, both, dropped
-          shards; the first and the last apart by more than seeds differ.
+Time:     an hour of two cores that other work shares, compilation included (--full: several times that).
+Expected: skipping attention costs almost nothing and low-rank gradients almost all that MeCeFO costs, which at these widths
+          is more than dropping the lost shards costs; less the higher the rank, and at the full one almost nothing.
 
 Four workers train a shard of every batch each. At any time one of them is dead with the stated probability, and its
 neighbour trains two shards, with degraded gradients for both. All methods see the same batches and the same failures.
-The workers are slots of one device: the step is that of `jaxllm.train.failover` with one living worker of four jobs, whose
-shards are degraded one by one. It takes up where it stopped (runs/failover_quality).
+The workers are slots of one device: the step is that of `jaxllm.train.failover` with one living worker that has a slot of all
+shards in full and one of all that are degraded, whose inputs alone are not kept here, as gradients are the same. It takes up
+where it stopped (runs/failover_quality).
 """
 
 import argparse
 import datetime
 import json
-import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from experiments._failover_gradients import make_drawn, relative_error
+from experiments._failover_quality_report import draw, summary
 from jaxllm import AttentionConfig, MambaConfig, MLPConfig, ModelConfig
 from jaxllm.batch import PackedBatch
 from jaxllm.cli import machine
@@ -52,27 +54,48 @@ class Method:
     Attributes:
         name: its line.
         settings: of the step; None: nobody ever dies.
+        drawn: bases of low-rank gradients are random ones.
     """
 
     name: str
     settings: FailoverSettings | None
+    drawn: bool = False
+
+    @property
+    def file(self) -> str:
+        """Its name in those of files."""
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
+def mecefo(**options: Any) -> FailoverSettings:
+    """MeCeFO that keeps what it has computed: the same gradients, sooner."""
+    return FailoverSettings("mecefo", recompute=False, **options)
 
 
 def methods(few: bool) -> list[Method]:
     """All of them, or those of the second model."""
     exact = dict.fromkeys("M*WGJ-E", "exact")
-    both = FailoverSettings("mecefo")
+    both = mecefo()
     found = [Method("no failure", None), Method("mecefo", both), Method("drop", FailoverSettings("drop"))]
     if few:
         return found
-    skip = FailoverSettings("mecefo", policy={**exact, "*": "skip"})
-    low = FailoverSettings("mecefo", policy=dict.fromkeys("M*-", "low_rank"))
-    every = FailoverSettings("mecefo", policy={"M": "skip"})
+    skip = mecefo(policy={**exact, "*": "skip"})
+    low = mecefo(policy=dict.fromkeys("M*-", "low_rank"))
+    every = mecefo(policy={"M": "skip"})
     return [
         *found,
         Method("skipped attention alone", skip),
         Method("low rank alone", low),
         Method("mecefo, Mamba skipped too", every),
+    ]
+
+
+def sweeps() -> list[Method]:
+    """MeCeFO with other ranks, with random bases, and with bases that are made anew more or less often."""
+    return [
+        *(Method(f"mecefo, rank {rank}", mecefo(rank=rank)) for rank in (8, 16, 32, "full")),
+        Method("mecefo, rank 16, drawn bases", mecefo(rank=16), drawn=True),
+        *(Method(f"mecefo, bases every {steps}", mecefo(refresh=steps)) for steps in (1, 25, 400)),
     ]
 
 
@@ -88,6 +111,7 @@ class Size:
         length: tokens of a row.
         validation: tokens of the validation text, spread over it.
         models: name to configuration.
+        swept: runs of each method of :func:`sweeps`, of the first model.
     """
 
     steps: int
@@ -97,14 +121,15 @@ class Size:
     length: int
     validation: int
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    swept: int = 1
 
 
 HYBRID = {"pattern": "M-*-M-*-"}
 LLAMA = {"pattern": "*-*-*-*-"}
 SIZES = {
     "quick": Size(8, 1, (0.8,), 1, 32, 4096, {"hybrid": {"pattern": "M-*-"}}),
-    "default": Size(2000, 3, (0.8,), 2, 64, 131_072, {"hybrid": HYBRID, "llama": LLAMA}),
-    "full": Size(4000, 3, (0.2, 0.4, 0.8), 2, 64, 131_072, {"hybrid": HYBRID, "llama": LLAMA}),
+    "default": Size(2000, 3, (0.8,), 2, 64, 65_536, {"hybrid": HYBRID, "llama": LLAMA}),
+    "full": Size(4000, 3, (0.2, 0.4, 0.8), 2, 64, 65_536, {"hybrid": HYBRID, "llama": LLAMA}),
 }
 
 
@@ -132,34 +157,53 @@ def failures(steps: int, rate: float, seed: int) -> Iterator[tuple[int, ...]]:
         yield tuple(worker for worker in everybody if worker != dead)
 
 
+STEP = StepSettings(loss_chunk=1024)
+
+
 @lru_cache
-def compiled(cfg: ModelConfig, optim: OptimConfig, method: str, policy: Iterable[tuple[str, str]]) -> Any:
+def compiled(
+    cfg: ModelConfig,
+    optim: OptimConfig,
+    method: str,
+    policy: tuple[tuple[str, str], ...],
+    rank: int | str | None,
+) -> Any:
     """The step of a method, for all seeds, and what makes its bases."""
-    settings = FailoverSettings(method, policy=dict(policy))
+    settings = FailoverSettings(method, policy=dict(policy), rank=rank, recompute=False)
     refresh = settings.make_bases(cfg) if method == "mecefo" else None
-    return make_failover_step(cfg, optim, StepSettings(loss_chunk=1024), settings), refresh
+    return make_failover_step(cfg, optim, STEP, settings), refresh
 
 
 def train(
     cfg: ModelConfig, method: Method, rate: float, seed: int, size: Size, data: PreparedData
 ) -> dict[str, Any]:
-    """One run: its validation loss on the way and at the end."""
+    """One run: its validation loss and the errors of its gradients on the way, and its loss at the end."""
     optim = OptimConfig(lr=3e-3, warmup_steps=size.steps // 20, total_steps=size.steps, schedule="cosine")
     settings = method.settings or FailoverSettings("drop")
-    step, refresh = compiled(cfg, optim, settings.method, tuple(settings.policy.items()))
+    policy = tuple(settings.policy.items())
+    step, refresh = compiled(cfg, optim, settings.method, policy, settings.rank)
+    draw_bases = make_drawn(cfg, policy, settings.rank, seed) if method.drawn else None
     loader = Loader(data.train, WORKERS * size.rows, size.length, seed=seed)
     validation = Validation(
         cfg, data.validation, data.tokenizer, batch_size=32, seq_len=size.length, part=size.validation
     )
     state, bases, losses, degraded = init_state(cfg, optim, seed), None, [], 0
+    # Gradients of who does one job are sums over all of them; they take one pass where none is degraded.
+    slots = 2 if settings.method == "mecefo" else 1
+    every, errors, due = max(1, size.steps // 5), [], False
     for number, live in enumerate(failures(size.steps, rate if method.settings else 0.0, seed)):
         if refresh is not None and number % settings.refresh == 0:
-            bases = refresh(state.params, bases)
-        jobs = assign(WORKERS, live, number // PERIOD).jobs
-        plan, batch = laid_out(settings.jobs(jobs), next(loader), bases)
-        degraded += int(plan.degraded.sum())
+            bases = draw_bases(number) if draw_bases is not None else refresh(state.params, bases)
+        jobs, whole = settings.jobs(assign(WORKERS, live, number // PERIOD).jobs), next(loader)
+        # At the first failure of each part of the run.
+        due |= number % every == 0
+        if due and len(live) < WORKERS:
+            error = relative_error(cfg, state.params, whole, WORKERS, jobs, settings, bases, STEP)
+            errors, due = [*errors, [number, error]], False
+        plan, batch = laid_out(jobs, whole, bases, slots)
+        degraded += sum(len(own) for own in jobs if len(own) > 1)
         state, metrics = step(state, batch, TrainPlan(failover=plan))
-        if number % max(1, size.steps // 5) == 0 or number == size.steps - 1:
+        if number % every == 0 or number == size.steps - 1:
             losses.append([number + 1, validation.partial(state.params, number)["validation_loss"]])
     loader.close()
     return {
@@ -167,17 +211,24 @@ def train(
         "loss": losses[-1][1],
         "degraded": degraded / (WORKERS * size.steps),
         "train_loss": float(metrics.loss),
+        "errors": errors,
     }
 
 
 def laid_out(
-    jobs: tuple[tuple[int, ...], ...], batch: PackedBatch, bases: Any
+    jobs: tuple[tuple[int, ...], ...], batch: PackedBatch, bases: Any, slots: int = 2
 ) -> tuple[FailoverPlan, PackedBatch]:
-    """The shards of all workers as slots of one, the idle ones last."""
-    order = sorted((shard, len(own) > 1) for own in jobs for shard in own)
-    idle = WORKERS - len(order)
-    shards = [shard for shard, _ in order] + [-1] * idle
-    flags = [flag for _, flag in order] + [False] * idle
+    """The shards of all workers as ``slots`` of one, several in each: those in full, the degraded ones, the idle ones.
+
+    Raises:
+        ValueError: shards in full and degraded ones would share a slot.
+    """
+    order = sorted((len(own) > 1, shard) for own in jobs for shard in own)
+    each = WORKERS // slots
+    shards = [shard for _, shard in order] + [-1] * (WORKERS - len(order))
+    flags = [[flag for flag, _ in order[first : first + each]] for first in range(0, WORKERS, each)]
+    if any(len(set(slot)) > 1 for slot in flags):
+        raise ValueError(f"jobs={jobs}: slots={slots} of {each} shards would be degraded in part")
 
     def rows(x: Any) -> Any:
         parts = x.reshape(WORKERS, len(x) // WORKERS, *x.shape[1:])
@@ -185,65 +236,22 @@ def laid_out(
 
     laid = jax.tree.map(rows, batch)
     laid = laid.replace(targets=np.where(laid.segment_ids[..., None] > 0, laid.targets, -1))
-    return FailoverPlan(np.array([shards], np.int32), np.array([flags]), bases), laid
-
-
-def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each model, rate and method: mean and spread over seeds, against no failure at the same seeds."""
-    rows = []
-    for model, rate, method in dict.fromkeys((run["model"], run["rate"], run["method"]) for run in runs):
-        own = {r["seed"]: r for r in runs if (r["model"], r["rate"], r["method"]) == (model, rate, method)}
-        base = {r["seed"]: r for r in runs if (r["model"], r["method"]) == (model, "no failure")}
-        losses = [run["loss"] for run in own.values()]
-        gaps = [run["loss"] - base[seed]["loss"] for seed, run in own.items() if seed in base]
-        rows.append(
-            {
-                "model": model,
-                "rate": rate,
-                "method": method,
-                "seeds": len(own),
-                "degraded": statistics.fmean(run["degraded"] for run in own.values()),
-                "loss": statistics.fmean(losses),
-                "least": min(losses),
-                "greatest": max(losses),
-                "above_no_failure": statistics.fmean(gaps) if gaps else None,
-            }
-        )
-    return rows
-
-
-def draw(runs: list[dict[str, Any]], png: Path) -> None:
-    """Validation loss above that without failures, over steps, a panel for each model and rate."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = list(dict.fromkeys((run["model"], run["rate"]) for run in runs if run["method"] != "no failure"))
-    figure = Figure(figsize=(6 * len(panels), 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    for (model, rate), axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
-        base = {r["seed"]: dict(r["validation"]) for r in runs if (r["model"], r["rate"]) == (model, 0.0)}
-        for index, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
-            own = [r for r in runs if (r["model"], r["rate"], r["method"]) == (model, rate, method)]
-            color = f"C{index}"
-            for run in own:
-                gaps = [(step, loss - base[run["seed"]][step]) for step, loss in run["validation"]]
-                label = method if run is own[0] else None
-                axes.plot(*zip(*gaps), color=color, marker="o", markersize=2.5, linewidth=0.9, label=label)
-        axes.axhline(0, color="#444444", linewidth=0.9)
-        axes.set(title=f"{model}, one of {WORKERS} dead {rate:.0%} of the time", xlabel="step")
-        axes.set(ylabel="nats per token above no failure")
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(png)
+    places = [slot if flag else -1 for slot, flag in enumerate(flags)]
+    return FailoverPlan(np.array([places], np.int32), np.array([list(map(any, flags))]), bases), laid
 
 
 def jobs_of(size: Size) -> Iterator[tuple[str, Method, float, int]]:
-    """Every run; the second model, and a quick look, have fewer methods."""
+    """Every run; the second model, and a quick look, have fewer methods, and only the first one is swept."""
+    quick = size is SIZES["quick"]
     for seed in range(size.seeds):
         for place, model in enumerate(size.models):
-            for method in methods(few=place > 0 or size is SIZES["quick"]):
+            for method in methods(few=place > 0 or quick):
                 for rate in size.rates if method.settings else (0.0,):
                     yield model, method, rate, seed
+    # These are compared at the greatest rate alone.
+    for seed in range(size.swept):
+        for method in sweeps()[4:5] if quick else sweeps():
+            yield next(iter(size.models)), method, max(size.rates), seed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         task = progress.add_task("runs", total=len(jobs))
         for model, method, rate, seed in jobs:
             progress.update(task, description=f"{model}, {method.name}, seed {seed}")
-            file = folder / f"{model}-{method.name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}.json"
+            file = folder / f"{model}-{method.file}-{rate:g}-{seed}.json"
             if options.quick or not file.is_file():
                 cfg = config(**size.models[model], vocabulary=vocabulary)
                 found = train(cfg, method, rate, seed, size, data)
@@ -291,10 +299,12 @@ def main(argv: list[str] | None = None) -> int:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    draw(runs, out.with_suffix(".png"))
-    table = Table("model", "dead", "method", "seeds", "degraded", "validation, nats", "above no failure")
+    draw(runs, rows, WORKERS, out.with_suffix(".png"))
+    table = Table(
+        "model", "dead", "method", "seeds", "degraded", "validation, nats", "above no failure", "error"
+    )
     for row in rows:
-        gap = row["above_no_failure"]
+        gap, error = row["above_no_failure"], row["gradient_error"]
         table.add_row(
             row["model"],
             f"{row['rate']:.0%}",
@@ -303,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['degraded']:.0%}",
             f"{row['loss']:.3f} ({row['least']:.3f} to {row['greatest']:.3f})",
             "-" if gap is None else f"{gap:+.3f}",
+            "-" if error is None else f"{error:.2f}",
         )
     Console().print(table)
     return 0

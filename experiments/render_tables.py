@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.tables import caches, failover, kernels, parallel, training
+from experiments.tables import caches, degraded, failover, kernels, parallel, training
 from experiments.tables.text import TableError
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,8 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fcp_pair": parallel.fcp_pair,
     "fcp_aot": parallel.fcp_aot,
     "failover": failover.failover,
+    "failover_cost": degraded.failover_cost,
+    "failover_quality": degraded.failover_quality,
     "failover_simulator": failover.failover_simulator,
 }
 

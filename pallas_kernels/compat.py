@@ -217,7 +217,13 @@ def on_words(x: jax.Array, layout: Any, word: Callable[[Any, Callable[[int], Any
 def cudnn_version() -> int | None:
     """The version of cuDNN that JAX found, or None."""
     versions = importlib.import_module("jax._src.lib").cuda_versions
-    return None if versions is None else int(versions.cudnn_get_version())
+    if versions is None:
+        return None
+    try:
+        return int(versions.cudnn_get_version())
+    except RuntimeError:
+        # CUDA's plugin is installed, its cuDNN is not.
+        return None
 
 
 def abstract_device(kind: str, platform: str) -> contextlib.AbstractContextManager[Any]:

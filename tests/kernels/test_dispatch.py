@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from types import ModuleType
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,14 @@ def test_each_implementation_knows_its_devices(name, device, reason, monkeypatch
     monkeypatch.setattr(compat, "cudnn_version", lambda: None)
     found = dispatch.unfit(name, device)
     assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("found", [None, 91_000, RuntimeError("cuDNN not found.")])
+def test_the_version_of_cudnn_is_none_where_it_is_not_installed(found, monkeypatch):
+    """JAX has no versions without CUDA's plugin, and raises where the plugin is there without cuDNN."""
+    versions = None if found is None else Mock(cudnn_get_version=Mock(side_effect=[found]))
+    monkeypatch.setattr("jax._src.lib.cuda_versions", versions, raising=False)
+    assert compat.cudnn_version() == (found if isinstance(found, int) else None)
 
 
 def test_a_named_implementation_that_cannot_run_here_is_an_error():
