@@ -5,7 +5,6 @@ asked to leave their world and come to the gate with the step of their state; wh
 service is given its address, and the new generation is published to each of them in one message.
 """
 
-import json
 import os
 import secrets
 import selectors
@@ -21,6 +20,8 @@ from typing import Any
 from parallel.failover import membership
 from parallel.failover.channel import Lines
 from parallel.failover.children import Child, Service
+from parallel.failover.hangs import Hangs
+from parallel.failover.journal import Journal
 from parallel.failover.roster import Roster, Worker
 from parallel.failover.world import with_timeout
 
@@ -37,8 +38,9 @@ class SupervisorOptions:
     Attributes:
         workers: n.
         max_restarts: of each worker; after that its place stays empty.
-        heartbeat: seconds without a sign of life after which a process counts as hung and is killed.
-        stall: seconds that a member may be behind the others, or late at the gate, before it counts as hung.
+        heartbeat: seconds without a sign of life and without work after which a process counts as hung and is killed.
+        stall: seconds that a member may be silent at work, behind the others, or late at the gate, before it counts as
+            hung.
         collective_timeout: seconds that a collective may take on CPUs; must exceed what compiling differs by.
         backoff: seconds before a restart; doubles with each, up to 30.
         host: address to listen on.
@@ -51,28 +53,6 @@ class SupervisorOptions:
     collective_timeout: int = 60
     backoff: float = 0.5
     host: str = "127.0.0.1"
-
-
-class Journal:
-    """The membership of a run as JSON lines."""
-
-    def __init__(self, file: Path | None, tell: Callable[[dict[str, Any]], None] | None = None):
-        self._file = None if file is None else open(file, "a", buffering=1)  # noqa: SIM115
-        self._tell = tell
-
-    def write(self, event: str, **content: Any) -> None:
-        """Add a line; seconds are rounded to milliseconds."""
-        row = {"time": time.time(), "event": event, **content}
-        row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-        if self._tell is not None:
-            self._tell(row)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
 
 
 class Supervisor:
@@ -104,6 +84,7 @@ class Supervisor:
         self.dismissed = False
         self.fatal: int | None = None
         self.fatal_until = 0.0
+        self.hangs = Hangs(options.heartbeat, options.stall)
         self.hung: dict[int, str] = {}
         self._began: float | None = None
         self._why: list[dict[str, Any]] = []
@@ -188,6 +169,7 @@ class Supervisor:
         if descriptor is not None:
             self.selector.unregister(descriptor)
         del self.children[index]
+        self.hangs.forget(child.pid)
         if (lines := self.lines.pop(index, None)) is not None:
             self.selector.unregister(lines)
             lines.close()
@@ -232,10 +214,10 @@ class Supervisor:
         self._why += [] if why is None else [why]
 
     def _look_for_hangs(self, now: float) -> None:
-        late = self.options.heartbeat
         for worker in self.roster.at("waiting", "inside", "done"):
-            if now - worker.heard_at > late:
-                self._kill(worker, f"hung: no sign of life for {now - worker.heard_at:.1f} s")
+            child = self.children.get(worker.index)
+            if child is not None and (why := self.hangs.verdict(child.pid, worker.heard_at, now)):
+                self._kill(worker, why)
         for worker in self.roster.at("starting"):
             if now - worker.heard_at > self.options.stall:
                 self._kill(worker, f"hung: no sign of life since its start {self.options.stall:g} s ago")

@@ -24,8 +24,8 @@ class Args:
     Attributes:
         workers: processes; each has its share of the devices.
         max_restarts: of each worker, after which its place stays empty.
-        heartbeat: seconds without a sign of life after which a worker counts as hung and is killed.
-        stall: seconds that a worker may be behind the others before it counts as hung, though its process lives.
+        heartbeat: seconds without a sign of life and without work after which a worker counts as hung and is killed.
+        stall: seconds that a worker may be silent at work, or behind the others, before it counts as hung.
         collective_timeout: seconds that a collective may take on CPUs; must exceed what workers differ by in compiling.
         host: address at which the supervisor and the coordination services listen.
         folder: instead of the run's.
