@@ -173,7 +173,8 @@ def check_context(pattern: str, strategies: str, *meshes: str) -> None:
     # Ulysses deals heads to the devices along both axes.
     heads = max(shape.context * shape.tensor for shape in map(shape_of, meshes))
     if "ulysses" in strategies and heads > cfg.attention.num_kv_heads:
-        cfg = cfg.replace(attention=replace(cfg.attention, num_kv_heads=heads))
+        queries = max(heads, cfg.attention.num_heads)
+        cfg = cfg.replace(attention=replace(cfg.attention, num_heads=queries, num_kv_heads=heads))
     compare(cfg, meshes, batch=long_batch(4, 44, 64), contexts=contexts)
 
 
