@@ -1,17 +1,21 @@
 """Every kernel compiled to an sm_90a binary without a GPU: registers, spills, shared memory, on two versions of JAX.
 
-Command:  python -m experiments.bench.kernels_aot --environments FOLDER [--op OP] [--check] [--out FILE]
+Command:  python -m experiments.bench.kernels_aot --environments FOLDER [--op OP] [--check [--minutes N --seed N]] [--out FILE]
 Time:     a few seconds per case and version, and minutes to make the environments once.
 Expected: no kernel of Mosaic spills, and none takes more registers than its case allows.
 
 FOLDER holds (or gets) one virtual environment per version of JAX, with its CUDA plugin and ptxas beside it. ``--check``
-writes nothing, ``--op`` leaves the results of other ops in FILE as they are. Exit codes: 0, 1 where something is a regression, 77 where nothing could be compiled.
+writes nothing; with ``--minutes`` it compiles only as many cases as begin within them, drawn by ``--seed``. ``--op``
+leaves the results of other ops in FILE as they are. Exit codes: 0, 1 where something is a regression, 77 where nothing
+could be compiled.
 """
 
 import argparse
 import datetime
 import json
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -91,18 +95,25 @@ def row(done: Compilation, case: Case) -> dict[str, Any]:
     return {**asdict(done), **more}
 
 
-def run(pythons: dict[str, Path], op: str | None) -> list[dict[str, Any]]:
-    """Every case on every version; a line each as they come."""
+def run(
+    pythons: dict[str, Path], op: str | None, minutes: float = math.inf, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Every case on every version, a line each as they come; or those drawn for the minutes there are."""
     known = {(case.op, case.name): case for case in cases(op)}
     results = []
     for version, python in pythons.items():
-        for done in compile_jobs(jobs(op), str(python)):
+        todo = jobs(op)
+        if minutes < math.inf:
+            random.Random(f"{seed} {version}").shuffle(todo)
+        before = len(results)
+        for done in compile_jobs(todo, str(python), 60 * minutes / len(pythons)):
             result = row(done, known[done.op, done.case])
             results.append({**result, "jax": version})
             figures = ", ".join(f"{k.name} {k.registers} reg {k.spill_bytes} B spilled" for k in done.kernels)
             print(f"jax {version} | {done.op} | {done.case} | {done.implementation} | {figures}", flush=True)
             for fault in result["faults"]:
                 print(f"    FAULT: {fault}", flush=True)
+        print(f"jax {version}: {len(results) - before} of {len(todo)} compiled", flush=True)
     return results
 
 
@@ -123,8 +134,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--environments", type=Path, required=True, help="where the environments are or go")
     parser.add_argument("--op", help="one op; all by default")
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="with --check: begin no compile later"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="what --minutes draws the order of cases by")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(argv)
+    if options.minutes < math.inf and not options.check:
+        parser.error("--minutes leaves cases out, and results are of all: only with --check")
     pythons: dict[str, Path] = {}
     missing: dict[str, str] = {}
     for version, python in VERSIONS.items():
@@ -137,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         return 77
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
-        results = run(pythons, options.op)
+        results = run(pythons, options.op, options.minutes, options.seed)
     except RuntimeError as error:
         print(error)
         return 77

@@ -7,6 +7,7 @@ extra ``aot`` (the CUDA plugin of the same version as jax, ptxas, and nvdisasm f
 import argparse
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,28 @@ class Compilation:
         return found
 
 
-def compile_jobs(jobs: Iterable[Job], python: str = sys.executable) -> Iterator[Compilation]:
-    """Every job compiled in a process of its own, as many at a time as there are cores.
+def compile_jobs(
+    jobs: Iterable[Job], python: str = sys.executable, seconds: float = math.inf
+) -> Iterator[Compilation]:
+    """Jobs compiled in a process of their own each, as many at a time as there are cores; all, or those begun in time.
 
     One that dies ends no other; and Mosaic, which compiles the same kernel once a process, tells the resources of each.
+
+    Args:
+        jobs: what to compile, in this order.
+        python: the interpreter that has JAX and its CUDA plugin.
+        seconds: none begins later than this after the first.
 
     Raises:
         RuntimeError: that Python cannot compile at all (no plugin, no ptxas); says why.
     """
+    until = time.monotonic() + seconds
+
+    def in_time(job: Job) -> Compilation | None:
+        return _in_a_process(job, python) if time.monotonic() < until else None
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(partial(_in_a_process, python=python), jobs)
+        yield from (done for done in pool.map(in_time, jobs) if done is not None)
 
 
 def _in_a_process(job: Job, python: str) -> Compilation:
