@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 import subprocess
 import zlib
 
@@ -78,3 +79,28 @@ def _few_programs():
     maps = pathlib.Path("/proc/self/maps")
     if _finished % _EVERY == 0 and maps.is_file() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--share",
+        type=float,
+        default=1.0,
+        help="of every test with more than two cases, run only this share of them, drawn by the commit",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    share = config.getoption("--share")
+    if not 0 < share <= 1:
+        raise pytest.UsageError(f"--share {share}: above 0 and at most 1")
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left: set[pytest.Item] = set()
+    for name, cases in tests.items():
+        if share < 1 and len(cases) > 2:
+            left.update(random.Random(f"{commit_seed()} {name}").sample(cases, int(len(cases) * (1 - share))))
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
