@@ -87,4 +87,6 @@ def leave() -> None:
 
     forget()
     compat.disconnect()
+    # Twice: caches of JAX let go of programs when the keys are gone that the first round collects.
+    gc.collect()
     gc.collect()
