@@ -99,6 +99,13 @@ def moved(old: Int[np.ndarray, "N k"], new: Int[np.ndarray, "M l"]) -> Int32[np.
     return np.asarray([-1 if stage < 0 else holders[stage] for stage in wanted], np.int32)
 
 
+def holders(chains: Chains) -> Int32[np.ndarray, "N k"]:
+    """``chains.stages`` with -1 in every slot but the first one of each stage: who speaks for it where copies are alike."""
+    flat = chains.stages.ravel()
+    seen = np.isin(np.arange(flat.size), np.unique(flat, return_index=True)[1])
+    return np.where(seen, flat, -1).astype(np.int32).reshape(chains.stages.shape)
+
+
 def firsts(stages: Int[Array, " slots"]) -> Bool[Array, " slots"]:
     """Of all slots the first one of each stage: what has copies elsewhere counts once."""
     same = stages[:, None] == stages[None, :]

@@ -124,6 +124,17 @@ class Member:
             self._news.wait_for(lambda: self._together or self._asked_to_leave)
             return not self._asked_to_leave
 
+    def idle(self, step: int) -> None:
+        """Wait in a world whose members cannot train until it has to change; :meth:`enter` comes next.
+
+        Args:
+            step: batches that this process was trained on.
+        """
+        # Newcomers are let into a world that has made a step: this one makes none.
+        self.stepped(step)
+        with self._news:
+            self._news.wait_for(lambda: self._asked_to_leave)
+
     def stepping(self, step: int) -> None:
         """Note that the main thread begins step ``step``: one that does not while others do counts as hung."""
         self._entered = step

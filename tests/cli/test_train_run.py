@@ -185,3 +185,10 @@ def test_progress_tells_who_trains_what():
     assert assignment_text(left) == (
         "From step 1,200: 2 of 3 workers left; worker 1 trains shards 1 and 0, worker 2 trains shard 2."
     )
+    staged = AssignmentEvent(0, 4, {0: (0,), 1: (1,), 2: (2,), 3: (3,)}, stages=2)
+    assert assignment_text(staged) == "From step 0: all 4 workers train, each its own stage."
+    left = AssignmentEvent(7, 6, {0: (0, 1), 2: (2,), 3: (3,), 5: ()}, stages=2)
+    assert assignment_text(left) == (
+        "From step 7: 4 of 6 workers left; worker 0 runs stages 0 and 1 of replica 0, worker 2 runs stage 0 of replica 1, "
+        "worker 3 runs stage 1 of replica 1, worker 5 waits for a neighbour."
+    )

@@ -83,18 +83,19 @@ def worker(folder: Path, steps: int, pause: float, die: str | None) -> int:
     import numpy as np
 
     from parallel.distributed import agreed
-    from parallel.failover.transfer import carry, checksum, host_leaves
+    from parallel.failover.transfer import Version, carry, checksum, host_leaves
 
     log = open(folder / f"steps-{member.worker}.jsonl", "a", buffering=1)  # noqa: SIM115
     kept, done = None, None
     while True:
         world = member.enter(done)
-        carried = carry(done, kept, {"worker": member.worker}, [np.zeros(SIZE, np.float32)] * 2)
+        held = [] if done is None or kept is None else [Version(done, {0: kept}, {"worker": member.worker})]
+        carried = carry(held, (0,), {0: [np.zeros(SIZE, np.float32)] * 2})
         if carried is None:
             kept, done = [np.zeros(SIZE, np.float32)] * 2, 0
         else:
-            kept, done = carried.leaves, carried.step
-            note = {"carried": done, "source": carried.source, "receivers": carried.receivers}
+            kept, done = carried.parts[0], carried.step
+            note = {"carried": done, "source": carried.sources[0], "receivers": carried.receivers[0]}
             log.write(json.dumps({"pid": os.getpid(), "generation": world.generation, **note}) + "\n")
         jobs = jobs_of(world.members)
         try:

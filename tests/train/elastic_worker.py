@@ -1,6 +1,7 @@
 """A tiny run that must survive: ``elastic_worker.py supervise WORKERS FOLDER STEPS METHOD`` starts its workers.
 
-Prints the hash of the final state's parameters, and how many tokens were seen; PAUSE seconds pass after every step.
+METHOD/2 trains replicas of a pipeline of 2 stages, METHOD+save writes checkpoints. Prints the hash of the final state's
+parameters, and how many tokens were seen; PAUSE seconds pass after every step. Worker 1 leaves its parameters.
 """
 
 import hashlib
@@ -14,10 +15,12 @@ import jax
 import numpy as np
 
 from jaxllm.batch import PackedBatch
+from jaxllm.config import ModelConfig
 from jaxllm.train.events import AssignmentEvent, StepEvent
 from jaxllm.train.failover import FailoverSettings
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.step import StepSettings
+from parallel.mesh import MeshShape
 from tests.train.tiny import TinyLoader, constant_lr, tiny_batch, tiny_config
 
 ROWS, PAUSE = 12, 0.1
@@ -41,6 +44,10 @@ class Rows(TinyLoader):
             segment_ids=np.where(idle[:, None], 0, found.segment_ids),
             targets=np.where(idle[:, None, None], -1, found.targets),
         )
+
+
+def model(stages: bool) -> ModelConfig:
+    return tiny_config("*-*-" if stages else "*-", scan_layers=stages)
 
 
 def digest(params) -> str:
@@ -72,17 +79,21 @@ def worker(folder: Path, steps: int, method: str) -> int:
         return lambda params, step: {"size": float(score(params))}
 
     method, _, saving = method.partition("+")
+    method, _, stages = method.partition("/")
+    mesh = MeshShape(data=member.workers // int(stages), stage=int(stages)) if stages else None
     result = elastic_fit(
         member,
         FailoverSettings(method),
-        tiny_config("*-"),
+        model(bool(stages)),
         constant_lr(),
         Rows(),
-        TrainSettings(steps=steps, step=SETTINGS, eval_every=5, save_every=7, save_seconds=None),
+        TrainSettings(steps=steps, step=SETTINGS, mesh=mesh, eval_every=5, save_every=7, save_seconds=None),
         folder=folder / "run" if saving else None,
         evaluation=evaluation,
         callbacks=[watch],
     )
+    if member.worker == 1:
+        np.savez(folder / "params.npz", *jax.tree.leaves(result.params))
     (folder / f"hits-{member.worker}").write_text(str(sum(hits)))
     print("HASH", result.step, digest(result.params), result.tokens_seen, result.values["size"], flush=True)
     return 0
@@ -94,7 +105,9 @@ def main() -> int:
         return worker(Path(folder), int(steps), method)
     from parallel.failover.supervisor import SupervisorOptions, supervise
 
-    options = SupervisorOptions(int(workers), collective_timeout=60, backoff=0.1)
+    # Late enough that the others go on without it.
+    backoff = 8.0 if "/" in method else 0.1
+    options = SupervisorOptions(int(workers), collective_timeout=60, backoff=backoff)
     command = [sys.executable, __file__, "worker", workers, folder, steps, method]
     return supervise(command, options, folder=Path(folder))
 

@@ -3,10 +3,6 @@
 import itertools
 import json
 import os
-import pathlib
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -16,15 +12,14 @@ from experiments._failover_account import ledgers, samples
 from jaxllm.config import ConfigError
 from jaxllm.data.loader import Loader
 from jaxllm.data.tokens import TokenCorpus
-from jaxllm.train.elastic import check_elastic
 from jaxllm.train.ledger import Ledger
 from jaxllm.train.settings import TrainSettings
+from jaxllm.train.sharing import check_elastic
 from jaxllm.train.step import StepSettings
 from parallel.mesh import MeshShape
+from tests.train.elastic_runs import elastic
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent.parent
-WORKERS, STEPS, PATIENCE = 3, 40, 600
+WORKERS, STEPS = 3, 40
 
 REFUSED = {
     "failover=1: one worker has no neighbour": (TrainSettings(steps=1), 1, 12),
@@ -34,6 +29,21 @@ REFUSED = {
     "batch_size=10: must be a multiple of workers": (TrainSettings(steps=1), 3, 10),
     r"batch_size=12: .* = 3 \* 8": (TrainSettings(steps=1, step=StepSettings(accum_steps=8)), 3, 12),
     "debug_nans=True": (TrainSettings(steps=1, debug_nans=True), 3, 12),
+    "mesh.stage=2: must divide the number of workers, 3": (
+        TrainSettings(steps=1, mesh=MeshShape(data=3, stage=2)),
+        3,
+        12,
+    ),
+    "mesh.data=4: must be workers / mesh.stage = 4 / 2 = 2": (
+        TrainSettings(steps=1, mesh=MeshShape(data=4, stage=2)),
+        4,
+        12,
+    ),
+    r"batch_size=9: must be a multiple of mesh.data \* accum_steps = 2 \* 1": (
+        TrainSettings(steps=1, mesh=MeshShape(data=2, stage=2)),
+        4,
+        9,
+    ),
 }
 
 
@@ -42,6 +52,7 @@ def test_runs_that_cannot_lose_workers_are_refused(words):
     with pytest.raises(ConfigError, match=words):
         check_elastic(*REFUSED[words])
     check_elastic(TrainSettings(steps=1, mesh=MeshShape(data=3)), 3, 12)
+    check_elastic(TrainSettings(steps=1, mesh=MeshShape(data=2, stage=2)), 4, 12)
 
 
 def test_any_row_of_any_batch_is_that_of_the_loader():
@@ -65,49 +76,6 @@ def test_the_ledger_leaves_out_idle_rows_and_goes_on_in_the_same_file(tmp_path):
     assert [row["generation"] for row in rows] == [1, 2]
     assert rows[0]["rows"] == [6, 7] and (rows[0]["step"], rows[0]["updates"]) == (4, 5)
     assert rows[0]["pid"] == os.getpid()
-
-
-def elastic(folder: pathlib.Path, method: str, kill: tuple[int, ...] = ()) -> tuple[set[str], list[dict]]:
-    """What the workers print of their final states, and the journal."""
-    folder.mkdir()
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": quick,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    command = [sys.executable, HERE / "elastic_worker.py", "supervise", WORKERS, folder, STEPS, method]
-    until = time.monotonic() + PATIENCE
-
-    def rows(name: str) -> list[dict]:
-        file = folder / name
-        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-
-    with open(folder / "output", "wb") as output:
-        process = subprocess.Popen(
-            [str(word) for word in command], env=environment, stdout=output, stderr=output
-        )
-    try:
-        if kill:
-            while len(rows("steps-0.jsonl")) < 3:
-                assert process.poll() is None and time.monotonic() < until, (folder / "output").read_text()
-                time.sleep(0.05)
-        for row in rows("membership.jsonl"):
-            if row["event"] == "started" and row["worker"] in kill:
-                os.kill(row["pid"], 9)
-        code = process.wait(until - time.monotonic())
-    finally:
-        process.kill()
-        process.wait()
-    text = "".join(file.read_text(errors="replace") for file in [folder / "output", *folder.glob("*.log")])
-    assert code == 0, text[-4000:]
-    finals = [line for line in text.splitlines() if line.startswith("HASH")]
-    assert len(finals) == WORKERS
-    return set(finals), rows("membership.jsonl")
 
 
 @pytest.mark.slow

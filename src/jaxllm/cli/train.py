@@ -148,8 +148,8 @@ def _run_supervised(args: Args, method: str) -> int:
 
     configured = configure(args)
     from jaxllm.cli.train_session import Supervised, train
-    from jaxllm.train.elastic import check_elastic
     from jaxllm.train.failover import FailoverSettings
+    from jaxllm.train.sharing import check_elastic
 
     settings = FailoverSettings(method, rank=args.failover_rank, refresh=args.failover_refresh)
     try:

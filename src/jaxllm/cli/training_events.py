@@ -71,10 +71,17 @@ class Watcher:
 
 def assignment_text(event: AssignmentEvent) -> str:
     """Who trains what, in a line."""
+    own = "shard" if event.stages == 1 else "stage"
     if len(event.jobs) == event.workers:
-        return f"From step {event.step:,}: all {event.workers} workers train, each its own shard."
-    parts = (
-        f"worker {worker} trains shard{'s' * (len(shards) > 1)} {' and '.join(map(str, shards))}"
-        for worker, shards in event.jobs.items()
-    )
+        return f"From step {event.step:,}: all {event.workers} workers train, each its own {own}."
+
+    def text(worker: int, jobs: tuple[int, ...]) -> str:
+        many = f"{own}{'s' * (len(jobs) > 1)} {' and '.join(str(job % event.stages if event.stages > 1 else job) for job in jobs)}"
+        if event.stages == 1:
+            return f"worker {worker} trains {many}"
+        if not jobs:
+            return f"worker {worker} waits for a neighbour"
+        return f"worker {worker} runs {many} of replica {worker // event.stages}"
+
+    parts = (text(worker, jobs) for worker, jobs in event.jobs.items())
     return f"From step {event.step:,}: {len(event.jobs)} of {event.workers} workers left; {', '.join(parts)}."

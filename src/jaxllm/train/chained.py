@@ -33,6 +33,7 @@ from jaxllm.train.step import Differentiate, StepSettings, batch_loss, make_trai
 from parallel.failover.assignment import StageAssignment
 from parallel.failover.chains import SLOTS, firsts, moved, rows_of, sum_by_stage, take_rows
 from parallel.mesh import AXES, MeshShape
+from parallel.order import in_turn
 from parallel.pipeline import Chain, through_chain
 from parallel.sharding import Placement
 
@@ -74,11 +75,12 @@ def slot_shardings(tree: Any, place: Placement) -> Any:
     """Where a state in slots, or a part of it, lies: stacked layers on their devices, all else whole on each."""
 
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(place.mesh, P(AXIS) if _stacked(path) else P()), tree
+        lambda path, _: NamedSharding(place.mesh, P(AXIS) if in_stack(path) else P()), tree
     )
 
 
-def _stacked(path: Any) -> bool:
+def in_stack(path: Any) -> bool:
+    """Whether a leaf of a state, or of its parameters, is stacked over layers, by its path (``jax.tree_util``)."""
     return any(getattr(key, "key", None) == "groups" for key in path)
 
 
@@ -101,7 +103,7 @@ def move_state(
 
     def move(path: Any, leaf: Any) -> np.ndarray:
         leaf = np.asarray(leaf)
-        if not _stacked(path):
+        if not in_stack(path):
             return leaf
         blocks = leaf.reshape(old.size, -1, *leaf.shape[1:])
         taken = np.where((rows >= 0).reshape(-1, *[1] * (blocks.ndim - 1)), blocks[rows], 0)
@@ -207,7 +209,13 @@ def chained_gradients(
             own = leaf.reshape(len(mine), size, *leaf.shape[1:])
             return sum_by_stage(own, mine, stages, AXIS).reshape(leaf.shape)
 
-        return map_named(summed, grads), jax.lax.psum(sums, AXIS), sums.weight[None]
+        weight = sums.weight[None]
+        if not place.in_turn:
+            return map_named(summed, grads), jax.lax.psum(sums, AXIS), weight
+        names = iter(flatten(grads))
+        grads = in_turn(lambda leaf: summed(next(names), leaf), grads)
+        last = jax.tree.leaves(grads)[-1]
+        return grads, in_turn(partial(jax.lax.psum, axis_name=AXIS), sums, last), weight
 
     def differentiate(params: Params, batch: PackedBatch, rng: Any, plan: TrainPlan) -> Any:
         who = plan.failover
@@ -298,6 +306,13 @@ def _stage(cfg: ModelConfig, settings: StepSettings, skipped: frozenset[str]) ->
     return stage
 
 
+def check_chained(cfg: ModelConfig, stages: int) -> None:
+    """Raise ConfigError unless a neighbour can run a stage of the model as well as its own."""
+    require(stages > 1, "stages", stages, "a pipeline has 2 or more; use jaxllm.train.failover")
+    check_stages(cfg, MeshShape(stage=stages))
+    require("E" not in cfg.letters, "pattern", cfg.pattern, "pipelines with experts have no failover")
+
+
 def _check(
     cfg: ModelConfig, settings: StepSettings, failover: FailoverSettings, place: Placement, stages: int
 ) -> None:
@@ -305,10 +320,8 @@ def _check(
         if axis != AXIS:
             allowed = "the living devices stand along data, in one line; leave it at 1"
             require(place.size(axis) == 1, f"mesh.{axis}", place.size(axis), allowed)
-    require(stages > 1, "stages", stages, "a pipeline has 2 or more; use jaxllm.train.failover")
-    check_stages(cfg, MeshShape(stage=stages))
     one_of("failover.method", failover.method, "mecefo", "exact")
-    require("E" not in cfg.letters, "pattern", cfg.pattern, "pipelines with experts have no failover")
+    check_chained(cfg, stages)
 
 
 def _check_plan(plan: ChainPlan, place: Placement, bounds: dict[str, int]) -> None:

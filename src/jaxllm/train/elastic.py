@@ -6,41 +6,35 @@ made anew; the committed state goes from world to world in host memory, and to t
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig, require
 from jaxllm.model.functional import Params
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.clock import Clock
-from jaxllm.train.degraded import ranks
 from jaxllm.train.events import AssignmentEvent, Callback, ForeseenEvent
-from jaxllm.train.failover import FailoverSettings, failover_plan, make_failover_step
-from jaxllm.train.foreseen import Foreseen, compile_world
+from jaxllm.train.failover import FailoverSettings
+from jaxllm.train.foreseen import Foreseen
 from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.ledger import Ledger
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.settings import FitResult, TrainSettings
-from jaxllm.train.state import TrainPlan, TrainState, abstract_state
-from jaxllm.train.step import Metrics, make_train_step
+from jaxllm.train.sharing import RowSharing, Sharing, check_elastic
+from jaxllm.train.stage_sharing import StageSharing
+from jaxllm.train.state import TrainPlan, TrainState
+from jaxllm.train.step import Metrics
 from jaxllm.train.trainer import Evaluate, Trainer
 from parallel.distributed import agreed
-from parallel.failover.assignment import Assignment, assign, lay_out
 from parallel.failover.membership import Member
-from parallel.failover.transfer import carry, host_leaves
-from parallel.failover.world import World, lost_peer
-from parallel.mesh import AXES, MeshShape, make_mesh, row_share
+from parallel.failover.transfer import Version, carry, host_leaves
+from parallel.failover.world import lost_peer
+from parallel.mesh import MeshShape, make_mesh, row_share
 from parallel.sharding import Placement
-
-# Steps after which the shards of dead workers go to others of the living.
-ROTATION = 100
 
 
 @runtime_checkable
@@ -65,9 +59,12 @@ class Shards:
         self.loader = loader
         self.step = int(loader.state()["step"])
         self.rows_of: Callable[[int], np.ndarray] = lambda step: np.zeros(0, np.int32)
+        self.scored: Callable[[int], bool] = lambda step: True
 
     def __next__(self) -> PackedBatch:
         batch = self.loader.rows_at(self.step, self.rows_of(self.step))
+        if not self.scored(self.step):
+            batch = batch.replace(targets=np.full_like(batch.targets, -1))
         self.step += 1
         return batch
 
@@ -79,35 +76,6 @@ class Shards:
         """Goes to where ``state`` was taken; raises as the loader."""
         self.loader.restore(state)
         self.step = int(state["step"])
-
-
-def check_elastic(settings: TrainSettings, workers: int, batch_size: int) -> None:
-    """Raise ConfigError for a run that cannot lose workers."""
-    require(
-        workers > 1,
-        "failover",
-        workers,
-        "one worker has no neighbour; start at least 2 (jaxllm launch --workers)",
-    )
-    shape = settings.mesh or MeshShape(data=workers)
-    allowed = "a lost worker's share of it has no second owner; failover shares rows only, leave it at 1"
-    for axis in AXES:
-        size = getattr(shape, axis)
-        require(size == 1 or axis == "data", f"mesh.{axis}", size, allowed)
-    allowed = f"must be the number of workers, {workers}, or be left out"
-    require(shape.data == workers, "mesh.data", shape.data, allowed)
-    require(
-        batch_size % (workers * settings.step.accum_steps) == 0,
-        "batch_size",
-        batch_size,
-        f"must be a multiple of workers * accum_steps = {workers} * {settings.step.accum_steps}",
-    )
-    require(
-        not settings.debug_nans,
-        "debug_nans",
-        True,
-        "a step that fails is taken for a lost worker; leave it out",
-    )
 
 
 class ElasticTrainer(Trainer):
@@ -126,23 +94,21 @@ class ElasticTrainer(Trainer):
         **options: Any,
     ):
         check_elastic(settings, member.workers, loader.batch_size)
-        if failover.method == "mecefo":
-            # Errors of these are the user's, and known before anybody has died.
-            failover.skipped(cfg)
-            ranks(cfg, failover.policy, failover.rank)
-        self.member, self.failover, self.evaluation = member, failover, evaluation
+        given = cfg, optim, settings.step, failover, loader.batch_size
+        shape = settings.mesh or MeshShape()
+        # Errors of these are the user's, and known before anybody has died.
+        self.sharing: Sharing = StageSharing(*given, shape) if shape.stage > 1 else RowSharing(*given)
+        self.member, self.evaluation = member, evaluation
         self.shards = Shards(loader)
         super().__init__(cfg, optim, self.shards, settings, **options)
         self._own_callbacks = list(self.reporter.callbacks)
         self.ledger = None if self.folder is None else Ledger(self.folder, member.worker)
-        # What is committed: the state on the devices of this world, or its leaves on the host between worlds.
-        self._state: TrainState | None = None
-        self._kept: list[np.ndarray] | None = None
-        self._done = 0
+        # What is committed: the state on the devices of this world, and the one before where that is needed, each with its
+        # step and notes; or their parts on the host between worlds.
+        self._states: list[tuple[int, TrainState, dict[str, Any]]] = []
+        self._kept: list[Version] = []
         self._changing = False
-        self._bases: Any = None
-        self._shrunk = False
-        self._told: Assignment | None = None
+        self._told: dict[int, tuple[int, ...]] | None = None
         self._foreseen = Foreseen()
 
     def _take_devices(self) -> None:
@@ -181,48 +147,61 @@ class ElasticTrainer(Trainer):
         interrupted = self._close(state, request)
         if self.checkpoints is not None:
             self.checkpoints.wait()
-        return self._result(_local(state.params), interrupted)
+        return self._result(self.sharing.gather(state.params), interrupted)
 
     # From world to world
 
     def _keep(self) -> None:
         """The committed state to the host, and nothing else of the world."""
         self._foreseen.end()
-        if self._state is not None:
-            self._kept = host_leaves(self._state)
+        if self._states:
+            # What has been told of the last step since.
+            done, state, _ = self._states[-1]
+            self._states[-1] = done, state, self._notes()
+            self._kept = [
+                Version(done, self.sharing.parts(state), notes) for done, state, notes in self._states
+            ]
         self._elapsed_before = self.reporter.clock.elapsed
-        self._state = self._compiled = self._compiled_for = self._bases = self.place = self.evaluate = None
+        self._states, self._compiled, self._compiled_for = [], None, None
+        self.place = self.evaluate = None
+        self.sharing.leave()
 
-    def _enter(self, stack: ExitStack) -> TrainState:
-        self._changing, self._agreed, self.checkpoints = False, None, None
-        world = self.member.enter(None if self._kept is None else self._done)
-        mesh = self._settle(world)
-        notes = {
+    def _begin_anew(self) -> None:
+        """Before a state that nobody carried: what earlier worlds have counted is lost with them."""
+        self.resume = self.resume or bool(self._told)
+        self.step = self.reporter.tokens_seen = 0
+        self._elapsed_before = self._evaluated_at = self._saved_at = 0.0
+        self._saved_step = self._evaluated_step = None
+
+    def _notes(self) -> dict[str, Any]:
+        return {
             "tokens_seen": self.reporter.tokens_seen,
-            "elapsed": self._elapsed_before,
+            "elapsed": self.reporter.clock.elapsed,
             "evaluated_at": self._evaluated_at,
             "saved_at": self._saved_at,
         }
-        like = abstract_state(self.cfg, self.optim)
-        carried = carry(None if self._kept is None else self._done, self._kept, notes, like)
+
+    def _enter(self, stack: ExitStack) -> TrainState:
+        self._changing, self._agreed, self.checkpoints = False, None, None
+        self._settle()
+        carried = carry(self._kept, tuple(self.sharing.wanted), self.sharing.like)
         if carried is None:
-            state = self._start()
+            # New, or of a checkpoint: whole on one device, cut there.
+            self.place = Placement(make_mesh(MeshShape(), jax.local_devices()[:1]))
+            self._begin_anew()
+            parts = self.sharing.cut(self._start())
+            self.place = self.sharing.place
         else:
-            whole = NamedSharding(mesh, PartitionSpec())
-
-            def put(x: np.ndarray) -> jax.Array:
-                return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
-
-            state = jax.tree.unflatten(jax.tree.structure(like), [put(leaf) for leaf in carried.leaves])
-            self.step = carried.step
+            parts, self.step = carried.parts, carried.step
             self.reporter.tokens_seen = carried.notes["tokens_seen"]
             self._elapsed_before = carried.notes["elapsed"]
             self._evaluated_at, self._saved_at = carried.notes["evaluated_at"], carried.notes["saved_at"]
             self.reporter.clock = Clock(self._elapsed_before)
             if self.folder is not None:
                 self.checkpoints = self._open_checkpoints(self.folder)
+        state = self.sharing.put(parts)
         self.shards.restore(self.shards.state() | {"step": self.step})
-        self._state, self._done, self._kept = state, self.step, None
+        self._states, self._kept = [(self.step, state, {})], []
         if self.checkpoints is not None:
             stack.enter_context(self.checkpoints)
         self.reporter.callbacks = list(self._own_callbacks)
@@ -232,43 +211,38 @@ class ElasticTrainer(Trainer):
         self._use_evaluation()
         return state
 
-    def _settle(self, world: World) -> Mesh:
-        """Mesh and shards of a world."""
-        devices = sorted(jax.devices(), key=lambda device: device.process_index)
-        require(
-            len(devices) == len(world.members),
-            "devices",
-            len(devices) // len(world.members),
-            "each worker must have one; see docs/failover.md",
-        )
-        self.world = world
-        mesh = make_mesh(MeshShape(data=len(devices)), devices)
-        self.place, self._slices = Placement(mesh), row_share(mesh)[1]
-        self._shrunk = len(world.members) < world.workers or self.failover.every_step
-        rank = world.members.index(self.member.worker)
-        self.shards.rows_of = lambda step: (
-            lay_out(self._assignment(step), self.shards.loader.batch_size).index[rank].reshape(-1)
-        )
-        return mesh
-
-    def _assignment(self, step: int) -> Assignment:
-        """Who trains which shard in a step."""
-        found = assign(self.world.workers, self.world.members, step // ROTATION)
-        return replace(found, jobs=self.failover.jobs(found.jobs))
+    def _settle(self) -> None:
+        """Go into a world that can train; those before it wait for somebody to come back."""
+        while True:
+            done = self._kept[-1].step if self._kept else None
+            world = self.member.enter(done)
+            devices = sorted(jax.devices(), key=lambda device: device.process_index)
+            require(
+                len(devices) == len(world.members),
+                "devices",
+                len(devices) // len(world.members),
+                "each worker must have one; see docs/failover.md",
+            )
+            if self.sharing.settle(world, self.member.worker, devices):
+                break
+            del devices
+            self.sharing.leave()
+            self.member.idle(done or 0)
+        self.place, self._slices = self.sharing.place, row_share(self.sharing.place.mesh)[1]
+        self.shards.rows_of, self.shards.scored = self.sharing.rows, self.sharing.scored
 
     def _tell(self) -> None:
         """Say who does what when that has changed."""
-        found = self._assignment(self.step)
-        if found != self._told:
-            self._told = found
-            jobs = dict(zip(found.live, found.jobs, strict=True))
-            self.reporter.emit(AssignmentEvent(self.step, found.workers, jobs))
+        jobs = self.sharing.jobs(self.step)
+        if jobs != self._told:
+            self._told = jobs
+            self.reporter.emit(AssignmentEvent(self.step, self.member.workers, jobs, self.sharing.stages))
 
     def _use_evaluation(self) -> None:
         if self.evaluation is not None:
             whole = self.evaluation()
-            # Each worker evaluates for itself, on its own copy: there is nothing to wait for.
-            self.evaluate = lambda params, step: whole(_local(params), step)
+            # Each worker evaluates for itself, on its own copy.
+            self.evaluate = lambda params, step: whole(self.sharing.gather(params), step)
 
     # What the loop asks for
 
@@ -281,9 +255,7 @@ class ElasticTrainer(Trainer):
         return given
 
     def _make_step(self) -> Any:
-        if self._shrunk:
-            return make_failover_step(self.cfg, self.optim, self.settings.step, self.failover, self.place)
-        return make_train_step(self.cfg, self.optim, self.settings.step, place=self.place, donate=False)
+        return self.sharing.make_step()
 
     def _compile(self, state: Any, batch: Any, scattered: Any) -> None:
         super()._compile(state, batch, scattered)
@@ -291,29 +263,22 @@ class ElasticTrainer(Trainer):
         self._changing = not self.member.together()
 
     def _plan(self, scattered: Any) -> TrainPlan | None:
-        plan = super()._plan(scattered)
-        if not self._shrunk:
-            return plan
-        assignment = self._assignment(self.step)
-        slots = self._assignment(0).slots
-        if self.failover.method == "mecefo" and (
-            self._bases is None or self.step % self.failover.refresh == 0
-        ):
-            assert self._state is not None
-            self._bases = self.failover.make_bases(self.cfg)(self._state.params, self._bases)
-        return replace(plan or TrainPlan(), failover=failover_plan(assignment.jobs, slots, self._bases))
+        return self.sharing.plan(super()._plan(scattered), self._states[-1][1].params, self.step)
 
     def _advance(
         self, state: TrainState, batch: PackedBatch, plan: TrainPlan | None
     ) -> tuple[TrainState, Metrics]:
         if self.ledger is not None:
             updates = int(np.asarray(state.step.addressable_data(0)))
-            rows = self.shards.rows_of(self.step)
-            self.ledger.begin(self.step, updates, self.member.generation, rows.tolist())
+            counted = self.sharing.counted(self.step)
+            self.ledger.begin(self.step, updates, self.member.generation, counted)
+        notes = self._notes()
         new, metrics = jax.block_until_ready(self._compiled(state, batch, plan))
-        # Only now it is committed: a step that fails leaves what was.
-        self._state, self._done = new, self.step + 1
-        self.member.stepped(self._done)
+        # Only now it is committed: a step that fails leaves what was. Others may have failed in it, and whoever ends the
+        # next one knows that all have committed this one.
+        before = [(self.step, state, notes)] if self.sharing.keeps_before else []
+        self._states = [*before, (self.step + 1, new, {})]
+        self.member.stepped(self.step + 1)
         self._foresee(batch)
         return new, metrics
 
@@ -321,17 +286,11 @@ class ElasticTrainer(Trainer):
         """Compile for the loss of one worker and of two; worker 0's processes alone write into the persistent cache."""
         if jax.config.values["jax_compilation_cache_dir"] is None or jax.process_index():
             return
-        assert self.place is not None
-        devices, workers = list(self.place.mesh.devices.flat), self.world.workers
         # Of the whole batch in any world: idle slots are no rows of the run.
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((self.shards.loader.batch_size, *x.shape[1:]), x.dtype), batch
         )
-        given = self.cfg, self.optim, self.settings.step, self.failover, rows, super()._plan(None)
-        sizes = [size for size in (len(devices) - 1, len(devices) - 2) if size > 0]
-        self._foreseen.begin(
-            {size: partial(compile_world, *given, devices[:size], workers) for size in sizes}
-        )
+        self._foreseen.begin(self.sharing.programs(rows, super()._plan(None)))
         for members, seconds in self._foreseen.ready():
             self.reporter.emit(ForeseenEvent(members, seconds))
 
@@ -363,14 +322,9 @@ class ElasticTrainer(Trainer):
 
     def _write(self, checkpoints: Checkpoints, state: TrainState) -> None:
         """Rank 0 writes, alone: a barrier with those who may die would be one more thing to recover from."""
+        whole = self.sharing.gather(state)
         if jax.process_index() == 0 and self.step not in checkpoints.steps():
-            host = jax.tree.unflatten(jax.tree.structure(state), host_leaves(state))
-            super()._write(checkpoints, host)
-
-
-def _local(params: Params) -> Params:
-    """This process's copy of parameters that every process has whole."""
-    return jax.tree.map(lambda x: x.addressable_data(0), params)
+            super()._write(checkpoints, jax.tree.unflatten(jax.tree.structure(state), host_leaves(whole)))
 
 
 def elastic_fit(

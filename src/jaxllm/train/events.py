@@ -83,17 +83,21 @@ class SaveEvent:
 
 @dataclass(frozen=True)
 class AssignmentEvent:
-    """From the step after ``step`` steps on, other workers train the shards of the batch than before.
+    """From the step after ``step`` steps on, other workers train the shards of the batch, or run the stages, than before.
 
     Attributes:
         step: batches trained on so far.
-        workers: of the run, living or not; shard i is worker i's while all live.
-        jobs: shards of each living worker; who has several does them with degraded gradients, if the run has such.
+        workers: of the run, living or not; shard i is worker i's while all live, or stage ``i % stages`` of replica
+            ``i // stages``.
+        jobs: shards or stages of each living worker; who has several does them with degraded gradients, if the run has
+            such. None: its replica cannot train.
+        stages: of a pipeline; 1: the batch is shared.
     """
 
     step: int
     workers: int
     jobs: dict[int, tuple[int, ...]]
+    stages: int = 1
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class FailoverSettings:
         refresh: mecefo: steps after which the bases of low-rank gradients are made anew.
         policy: mecefo: rule of each letter, "skip" (mixers only), "low_rank" or "exact"; letters that are not given have
             :data:`jaxllm.train.degraded.POLICY`'s.
-        recompute: mecefo: sub-blocks keep their inputs only and are computed again in backward.
+        recompute: mecefo: sub-blocks keep their inputs only and are computed again in backward; stages of pipelines are
+            so whatever it says.
     """
 
     method: str = "mecefo"
