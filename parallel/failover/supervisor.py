@@ -180,7 +180,9 @@ class Supervisor:
         if self.dismissed or self.signals or was == "done":
             inside = was == "inside"
         else:
-            if self.roster.generation == 0 and code in (0, USAGE):
+            # One that refuses its arguments before anybody has made a step would do so again.
+            refused = code == USAGE and not any(other.step for other in self.roster.workers)
+            if refused or (code == 0 and self.roster.generation == 0):
                 self.fatal, self.fatal_until = USAGE, now + LAST_WORD
                 if code == 0:
                     self.journal.write("refused", worker=index, why="it ended without joining the run")

@@ -1,6 +1,8 @@
 """``jaxllm launch`` before anything is started: its command line, and where it writes."""
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,16 @@ def test_what_stands_after_the_dashes_is_the_workers():
 def test_a_command_that_does_not_join_is_refused(tmp_path, process):
     shown = process("launch", "--workers", "2", "--folder", str(tmp_path), "--", "true")
     assert shown.code == 2 and "ended without joining" in shown.err and "Traceback" not in shown.err
+
+
+def test_what_is_refused_within_a_world_is_not_tried_again(tmp_path, process):
+    refuses = "from parallel.failover.membership import Member; Member().enter(None); raise SystemExit(2)"
+    command = [sys.executable, "-c", refuses]
+    shown = process("launch", "--workers", "2", "--folder", str(tmp_path), "--", *command)
+    assert shown.code == 2 and "Traceback" not in shown.err
+    rows = [json.loads(line) for line in (tmp_path / "membership.jsonl").read_text().splitlines()]
+    assert any(row["event"] == "world" for row in rows)
+    assert [row["restarts"] for row in rows if row["event"] == "started"] == [0, 0]
 
 
 def test_programs_are_kept_in_the_runs_folder_unless_the_user_keeps_them_elsewhere(monkeypatch, tmp_path):

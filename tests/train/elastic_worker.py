@@ -18,13 +18,16 @@ from jaxllm.batch import PackedBatch
 from jaxllm.config import ModelConfig
 from jaxllm.train.events import AssignmentEvent, StepEvent
 from jaxllm.train.failover import FailoverSettings
+from jaxllm.train.optim import OptimConfig
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.step import StepSettings
 from parallel.mesh import MeshShape
-from tests.train.tiny import TinyLoader, constant_lr, tiny_batch, tiny_config
+from tests.train.tiny import TinyLoader, tiny_batch, tiny_config
 
 ROWS, PAUSE = 12, 0.1
 SETTINGS = StepSettings(loss_chunk=64)
+# As long as the run, which is not said here.
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=2)
 
 
 class Rows(TinyLoader):
@@ -85,7 +88,7 @@ def worker(folder: Path, steps: int, method: str) -> int:
         member,
         FailoverSettings(method),
         model(bool(stages)),
-        constant_lr(),
+        OPTIM,
         Rows(),
         TrainSettings(steps=steps, step=SETTINGS, mesh=mesh, eval_every=5, save_every=7, save_seconds=None),
         folder=folder / "run" if saving else None,

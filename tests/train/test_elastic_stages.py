@@ -11,15 +11,14 @@ from experiments._failover_account import ledgers, samples
 from jaxllm.train.settings import TrainSettings
 from jaxllm.train.trainer import fit
 from tests.train.elastic_runs import elastic
-from tests.train.elastic_worker import SETTINGS, Rows, model
-from tests.train.tiny import constant_lr
+from tests.train.elastic_worker import OPTIM, SETTINGS, Rows, model
 
 WORKERS, STEPS = 4, 30
 
 
 def of_one_device(steps: int = STEPS) -> list[np.ndarray]:
     settings = TrainSettings(steps=steps, step=SETTINGS, save_seconds=None)
-    return jax.tree.leaves(fit(model(True), constant_lr(), Rows(), settings).params)
+    return jax.tree.leaves(fit(model(True), OPTIM, Rows(), settings).params)
 
 
 def worlds(journal: list[dict]) -> list[list[int]]:

@@ -94,13 +94,13 @@ class ElasticTrainer(Trainer):
         **options: Any,
     ):
         check_elastic(settings, member.workers, loader.batch_size)
-        given = cfg, optim, settings.step, failover, loader.batch_size
-        shape = settings.mesh or MeshShape()
-        # Errors of these are the user's, and known before anybody has died.
-        self.sharing: Sharing = StageSharing(*given, shape) if shape.stage > 1 else RowSharing(*given)
         self.member, self.evaluation = member, evaluation
         self.shards = Shards(loader)
         super().__init__(cfg, optim, self.shards, settings, **options)
+        given = cfg, self.optim, settings.step, failover, loader.batch_size
+        shape = settings.mesh or MeshShape()
+        # Errors of these are the user's, and known before anybody has died.
+        self.sharing: Sharing = StageSharing(*given, shape) if shape.stage > 1 else RowSharing(*given)
         self._own_callbacks = list(self.reporter.callbacks)
         self.ledger = None if self.folder is None else Ledger(self.folder, member.worker)
         # What is committed: the state on the devices of this world, and the one before where that is needed, each with its
