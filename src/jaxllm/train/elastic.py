@@ -24,7 +24,7 @@ from jaxllm.train.interrupt import StopRequest
 from jaxllm.train.ledger import Ledger
 from jaxllm.train.optim import OptimConfig
 from jaxllm.train.settings import FitResult, TrainSettings
-from jaxllm.train.sharing import RowSharing, Sharing, check_elastic
+from jaxllm.train.sharing import RowSharing, SharedRun, Sharing, check_elastic
 from jaxllm.train.stage_sharing import StageSharing
 from jaxllm.train.state import TrainPlan, TrainState
 from jaxllm.train.step import Metrics
@@ -97,10 +97,10 @@ class ElasticTrainer(Trainer):
         self.member, self.evaluation = member, evaluation
         self.shards = Shards(loader)
         super().__init__(cfg, optim, self.shards, settings, **options)
-        given = cfg, self.optim, settings.step, failover, loader.batch_size
+        run = SharedRun(cfg, self.optim, settings.step, failover, loader.batch_size)
         shape = settings.mesh or MeshShape()
         # Errors of these are the user's, and known before anybody has died.
-        self.sharing: Sharing = StageSharing(*given, shape) if shape.stage > 1 else RowSharing(*given)
+        self.sharing: Sharing = StageSharing(run, shape) if shape.stage > 1 else RowSharing(run)
         self._own_callbacks = list(self.reporter.callbacks)
         self.ledger = None if self.folder is None else Ledger(self.folder, member.worker)
         # What is committed: the state on the devices of this world, and the one before where that is needed, each with its

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -141,32 +141,40 @@ def check_elastic(settings: TrainSettings, workers: int, batch_size: int) -> Non
     )
 
 
+@dataclass(frozen=True)
+class SharedRun:
+    """What is shared.
+
+    Attributes:
+        cfg: model.
+        optim: optimiser and schedule.
+        step: settings of the step.
+        failover: what becomes of the work of dead workers.
+        batch_size: rows of the whole batch.
+    """
+
+    cfg: ModelConfig
+    optim: OptimConfig
+    step: StepSettings
+    failover: FailoverSettings
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        # Raises ConfigError: these errors are the user's, and known before anybody has died.
+        if self.failover.method == "mecefo":
+            self.failover.skipped(self.cfg)
+            ranks(self.cfg, self.failover.policy, self.failover.rank)
+
+
 class RowSharing:
     """Every worker has the whole model; see :class:`Sharing`."""
 
     keeps_before, stages = False, 1
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        optim: OptimConfig,
-        step: StepSettings,
-        failover: FailoverSettings,
-        batch_size: int,
-    ):
-        """Raises ConfigError where the method does not fit the model."""
-        if failover.method == "mecefo":
-            # Errors of these are the user's, and known before anybody has died.
-            failover.skipped(cfg)
-            ranks(cfg, failover.policy, failover.rank)
-        self.cfg, self.optim, self.step, self.failover, self.batch_size = (
-            cfg,
-            optim,
-            step,
-            failover,
-            batch_size,
-        )
-        self.like: Mapping[int, Any] = {0: abstract_state(cfg, optim)}
+    def __init__(self, run: SharedRun):
+        """Shares the rows of ``run``."""
+        self.run, self.failover = run, run.failover
+        self.like: Mapping[int, Any] = {0: abstract_state(run.cfg, run.optim)}
         self.leave()
 
     def settle(self, world: World, worker: int, devices: Sequence[Any]) -> bool:
@@ -215,7 +223,7 @@ class RowSharing:
 
     def rows(self, step: int) -> np.ndarray:
         """Of its slots, one after the other."""
-        return lay_out(self._assignment(step), self.batch_size).index[self.rank].reshape(-1)
+        return lay_out(self._assignment(step), self.run.batch_size).index[self.rank].reshape(-1)
 
     def scored(self, step: int) -> bool:
         """All."""
@@ -232,9 +240,10 @@ class RowSharing:
 
     def make_step(self) -> Any:
         """Of the healthy world, or with slots."""
+        given = self.run.cfg, self.run.optim, self.run.step
         if self.shrunk:
-            return make_failover_step(self.cfg, self.optim, self.step, self.failover, self.place)
-        return make_train_step(self.cfg, self.optim, self.step, place=self.place, donate=False)
+            return make_failover_step(*given, self.failover, self.place)
+        return make_train_step(*given, place=self.place, donate=False)
 
     def plan(self, plan: TrainPlan | None, params: Params, step: int) -> TrainPlan | None:
         """With the shards in the slots, where there are any."""
@@ -242,13 +251,13 @@ class RowSharing:
             return plan
         slots = self._assignment(0).slots
         if self.failover.method == "mecefo" and (self.bases is None or step % self.failover.refresh == 0):
-            self.bases = self.failover.make_bases(self.cfg)(params, self.bases)
+            self.bases = self.failover.make_bases(self.run.cfg)(params, self.bases)
         found = failover_plan(self._assignment(step).jobs, slots, self.bases)
         return replace(plan or TrainPlan(), failover=found)
 
     def programs(self, rows: PackedBatch, plan: TrainPlan | None) -> dict[int, Callable[[], None]]:
         """For the loss of one worker and of two."""
-        given = self.cfg, self.optim, self.step, self.failover, rows, plan
+        given = self.run.cfg, self.run.optim, self.run.step, self.failover, rows, plan
         sizes = [size for size in (len(self.devices) - 1, len(self.devices) - 2) if size > 0]
         return {
             size: partial(compile_world, *given, self.devices[:size], self.world.workers) for size in sizes

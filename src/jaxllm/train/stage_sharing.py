@@ -28,12 +28,11 @@ from jaxllm.train.chained import (
     slot_config,
     slot_shardings,
 )
-from jaxllm.train.degraded import ranks
 from jaxllm.train.failover import FailoverSettings
-from jaxllm.train.optim import OptimConfig
 from jaxllm.train.placement import state_shardings
+from jaxllm.train.sharing import SharedRun
 from jaxllm.train.state import TrainPlan, TrainState, abstract_state
-from jaxllm.train.step import StepSettings, make_train_step
+from jaxllm.train.step import make_train_step
 from parallel.failover.assignment import StageAssignment, assign_stages
 from parallel.failover.chains import SLOTS, Chains, chain, holders, rows_of
 from parallel.failover.world import World
@@ -50,30 +49,13 @@ class StageSharing:
 
     keeps_before = True
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        optim: OptimConfig,
-        step: StepSettings,
-        failover: FailoverSettings,
-        batch_size: int,
-        shape: MeshShape,
-    ):
+    def __init__(self, run: SharedRun, shape: MeshShape):
         """Raises ConfigError where the method or the pipeline does not fit the model."""
-        one_of("failover.method", failover.method, "mecefo", "exact")
-        check_chained(cfg, shape.stage)
-        if failover.method == "mecefo":
-            failover.skipped(cfg)
-            ranks(cfg, failover.policy, failover.rank)
-        self.cfg, self.optim, self.step, self.failover, self.batch_size = (
-            cfg,
-            optim,
-            step,
-            failover,
-            batch_size,
-        )
+        one_of("failover.method", run.failover.method, "mecefo", "exact")
+        check_chained(run.cfg, shape.stage)
+        self.run, self.failover = run, run.failover
         self.replicas, self.stages = shape.data, shape.stage
-        whole = abstract_state(cfg, optim)
+        whole = abstract_state(run.cfg, run.optim)
         paths, self.structure = jax.tree_util.tree_flatten_with_path(whole)
         self.stacked = [in_stack(path) for path, _ in paths]
         self.sizes = [leaf.shape[0] // self.stages if there else 0 for (_, leaf), there in self._with(paths)]
@@ -156,11 +138,11 @@ class StageSharing:
 
     def _shardings(self) -> TrainState:
         if self.shrunk:
-            return slot_shardings(abstract_state(self._wide(len(self.devices)), self.optim), self.place)
-        return state_shardings(self.cfg, self.optim, self.place)
+            return slot_shardings(abstract_state(self._wide(len(self.devices)), self.run.optim), self.place)
+        return state_shardings(self.run.cfg, self.run.optim, self.place)
 
     def _wide(self, nodes: int) -> ModelConfig:
-        return slot_config(self.cfg, self.stages, nodes, SLOTS)
+        return slot_config(self.run.cfg, self.stages, nodes, SLOTS)
 
     def cut(self, state: TrainState) -> dict[int, list[np.ndarray]]:
         """Common leaves, and those of every stage."""
@@ -179,7 +161,7 @@ class StageSharing:
 
     def rows(self, step: int) -> np.ndarray:
         """Of its replica; of none where that is dropped."""
-        return rows_of(self.assignment, self.batch_size)[self.rank]
+        return rows_of(self.assignment, self.run.batch_size)[self.rank]
 
     def scored(self, step: int) -> bool:
         """By the last of a replica; in the healthy world devices share what is scored."""
@@ -200,9 +182,14 @@ class StageSharing:
         """Of the pipeline, or of what is left of it."""
         if self.shrunk:
             return make_chained_step(
-                self.cfg, self.optim, self.step, self.failover, place=self.place, stages=self.stages
+                self.run.cfg,
+                self.run.optim,
+                self.run.step,
+                self.failover,
+                place=self.place,
+                stages=self.stages,
             )
-        return make_train_step(self.cfg, self.optim, self.step, place=self.place, donate=False)
+        return make_train_step(self.run.cfg, self.run.optim, self.run.step, place=self.place, donate=False)
 
     def plan(self, plan: TrainPlan | None, params: Params, step: int) -> TrainPlan | None:
         """With the chains, where there are any."""
@@ -210,7 +197,7 @@ class StageSharing:
             return plan
         if self.failover.method == "mecefo" and (self.bases is None or step % self.failover.refresh == 0):
             if self._refresh is None:
-                self._refresh = _make_bases(self.cfg, self.failover, self.place, self.stages, params)
+                self._refresh = _make_bases(self.run.cfg, self.failover, self.place, self.stages, params)
             self.bases = self._refresh(params, self.bases)
         return replace(plan or TrainPlan(), failover=ChainPlan(self.chains, self.bases))
 
@@ -232,11 +219,11 @@ class StageSharing:
         assignment = _assigned(self.replicas, self.stages, members, 0)
         chains: Chains = chain(assignment, SLOTS)
         place = Placement(make_mesh(MeshShape(data=len(devices)), devices))
-        state = abstract_state(self._wide(len(devices)), self.optim)
+        state = abstract_state(self._wide(len(devices)), self.run.optim)
         state = _like(state, slot_shardings(state, place))
         over, bases = NamedSharding(place.mesh, P(AXIS)), None
         if self.failover.method == "mecefo":
-            refresh = _make_bases(self.cfg, self.failover, place, self.stages, state.params).lower(
+            refresh = _make_bases(self.run.cfg, self.failover, place, self.stages, state.params).lower(
                 state.params, None
             )
             refresh.compile()
@@ -249,7 +236,7 @@ class StageSharing:
             rows,
         )
         step = make_chained_step(
-            self.cfg, self.optim, self.step, self.failover, place=place, stages=self.stages
+            self.run.cfg, self.run.optim, self.run.step, self.failover, place=place, stages=self.stages
         )
         given = replace(plan or TrainPlan(), failover=ChainPlan(chains, bases))
         step.lower(state, shapes, given).compile()
